@@ -1,0 +1,61 @@
+"""Chronotope: attention over space and time.
+
+Say where tokens are (a grid), who may look at whom (a pattern), and it is computed exactly, sparsely:
+
+    grid = ct.Grid(t=8, h=32, w=32)
+    near = ct.window(t=5, h=9, w=9) & ct.causal("t")
+    out = ct.attention(q, k, v, grid=grid, where=near)
+"""
+
+from chronotope.attention import attention, backends
+from chronotope.bias import Alibi, Bias, RelativeBias
+from chronotope.errors import ChronotopeError, UnsupportedError
+from chronotope.grid import Grid
+from chronotope.merge import merge
+from chronotope.patterns import (
+    Pattern,
+    along,
+    blocks,
+    causal,
+    full,
+    graph,
+    nothing,
+    per_head,
+    predicate,
+    segments,
+    sinks,
+    strided,
+    window,
+)
+from chronotope.planning import Plan, load_plan, parse_pattern, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alibi",
+    "Bias",
+    "ChronotopeError",
+    "Grid",
+    "Pattern",
+    "Plan",
+    "RelativeBias",
+    "UnsupportedError",
+    "along",
+    "attention",
+    "backends",
+    "blocks",
+    "causal",
+    "full",
+    "graph",
+    "load_plan",
+    "merge",
+    "nothing",
+    "parse_pattern",
+    "per_head",
+    "plan",
+    "predicate",
+    "segments",
+    "sinks",
+    "strided",
+    "window",
+]

@@ -1,0 +1,74 @@
+"""The order in which a plan lays out tokens: tile by tile, prefix first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from chronotope.boxes import Boxes
+from chronotope.grid import Grid
+
+PREFIX_TILE = 128
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid cut in tiles of one shape; tiles at the end of an axis may be smaller. Prefix tokens have tiles of their own."""
+
+    grid: Grid
+    tile: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of tiles on each axis."""
+        return tuple(-(-n // size) for n, size in zip(self.grid.shape, self.tile, strict=True))
+
+    @property
+    def prefix_tiles(self) -> int:
+        """Number of tiles that hold the prefix; they come first."""
+        return -(-self.grid.prefix // PREFIX_TILE)
+
+    @cached_property
+    def start(self) -> Int64[Tensor, "tiles_and_one"]:
+        """Where each tile starts in `order`, and the end."""
+        prefix = torch.full((self.prefix_tiles,), PREFIX_TILE)
+        if self.prefix_tiles:
+            prefix[-1] = self.grid.prefix - PREFIX_TILE * (self.prefix_tiles - 1)
+        volume = torch.ones(1, dtype=torch.int64)
+        for n, size, count in zip(self.grid.shape, self.tile, self.counts, strict=True):
+            extent = torch.full((count,), size)
+            extent[-1] = n - size * (count - 1)
+            volume = (volume[:, None] * extent[None, :]).flatten()
+        return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([prefix, volume]).cumsum(0)])
+
+    @property
+    def sizes(self) -> Int64[Tensor, "tiles"]:
+        """Number of tokens in each tile."""
+        return self.start.diff()
+
+    @cached_property
+    def order(self) -> Int64[Tensor, "tokens"]:
+        """The token at each position of the layout."""
+        tile = torch.zeros(1, dtype=torch.int64)
+        for n, size, count in zip(self.grid.shape, self.tile, self.counts, strict=True):
+            tile = (tile[:, None] * count + torch.arange(n)[None, :] // size).flatten()
+        return torch.cat([torch.arange(self.grid.prefix), self.grid.prefix + torch.argsort(tile, stable=True)])
+
+    def tokens(self, tiles: Int64[Tensor, "g"]) -> Int64[Tensor, "g size"]:
+        """The tokens of tiles of one size."""
+        size = int(self.sizes[tiles[0]])
+        return self.order[self.start[tiles][:, None] + torch.arange(size)]
+
+    def boxes(self, tiles: Int64[Tensor, "p"]) -> Boxes:
+        """The coordinates that tiles cover."""
+        index = (tiles - self.prefix_tiles).clamp(min=0)
+        lo, hi = {}, {}
+        for axis, n, size, count in reversed(list(zip(self.grid.axes, self.grid.shape, self.tile, self.counts, strict=True))):
+            lo[axis] = index % count * size
+            hi[axis] = (lo[axis] + size).clamp(max=n) - 1
+            index = index // count
+        return Boxes(self.grid, lo, hi, tiles < self.prefix_tiles if self.prefix_tiles else None)
