@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +63,9 @@ def attention(
     planned = _plan(where, grid, key_grid, q)
     _check_tensors(q, k, v, planned)
     _check_bias(bias, q, k, planned)
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not math.isfinite(_number(scale)):
         raise ChronotopeError(f"scale={scale}: expected a finite number; the default is 1 / sqrt(D).")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (math.isfinite(_number(softcap)) and softcap > 0):
         raise ChronotopeError(f"softcap={softcap}: expected a positive number, or None.")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     results = []
@@ -84,7 +86,22 @@ class Backends(list[Backend]):
     """A list of backends that prints as a table."""
 
     def __repr__(self) -> str:
-        rows = [["backend", "devices", "dtypes", "head sizes", "backward", "lse", "bias", "softcap", "grouped", "cross", "tested on", "what"]]
+        rows = [
+            [
+                "backend",
+                "devices",
+                "dtypes",
+                "head sizes",
+                "backward",
+                "lse",
+                "bias",
+                "softcap",
+                "grouped",
+                "cross",
+                "tested on",
+                "what",
+            ]
+        ]
         for b in self:
             flags = ["twice" if b.double_backward else "yes" if b.backward else "no"]
             flags += ["yes" if f else "no" for f in (b.lse, b.bias, b.softcap, b.grouped_heads, b.cross_grids)]
@@ -92,6 +109,14 @@ class Backends(list[Backend]):
             rows.append([b.name, ",".join(b.devices), dtypes, b.head_sizes, *flags, b.tested_on, b.about])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _number(value: Any) -> float:
+    """The value as a float; NaN for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid | None, q: Tensor) -> Plan:
@@ -105,16 +130,27 @@ def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid | None, q: Te
         )
     if where.where.heads is not None and where.heads != heads:
         raise ChronotopeError(f"the plan is for {where.heads} heads, q has {heads}.")
+    if where.heads != heads:  # all heads are alike, and the plan was made for another number of them
+        (part,) = where.parts
+        return replace(where, heads=heads, parts=(replace(part, heads=tuple(range(heads))),))
     return where
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, planned: Plan) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ChronotopeError(f"{name} is a {type(x).__name__}; expected a tensor [B, heads, tokens, head size].")
         if x.ndim != 4:
             raise ChronotopeError(f"{name} has shape {list(x.shape)}; expected [B, heads, tokens, head size].")
-    for name, x, g, which in (("q", q, planned.grid, "grid"), ("k", k, planned.key_grid, "key grid"), ("v", v, planned.key_grid, "key grid")):
+    for name, x, g, which in (
+        ("q", q, planned.grid, "grid"),
+        ("k", k, planned.key_grid, "key grid"),
+        ("v", v, planned.key_grid, "key grid"),
+    ):
         if x.shape[2] != g.size:
-            raise ChronotopeError(f"{name} has {x.shape[2]} tokens (shape {list(x.shape)}), but the {which} {g!r} has {g.size}.")
+            raise ChronotopeError(
+                f"{name} has {x.shape[2]} tokens (shape {list(x.shape)}), but the {which} {g!r} has {g.size}."
+            )
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ChronotopeError(f"batch sizes differ: q {q.shape[0]}, k {k.shape[0]}, v {v.shape[0]}.")
     if k.shape[1] != v.shape[1]:
@@ -141,6 +177,11 @@ def _check_bias(bias: Tensor | Bias | None, q: Tensor, k: Tensor, planned: Plan)
         return
     if not isinstance(bias, Tensor):
         raise ChronotopeError(f"bias={bias!r}: expected a tensor, or a bias object such as ct.RelativeBias.")
+    if not bias.is_floating_point():
+        raise ChronotopeError(
+            f"bias is {bias.dtype}; expected floating point numbers, which are added to the logits. "
+            "Who may look at whom is said by `where`, such as where=ct.causal('t')."
+        )
     whole = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     fits = bias.ndim <= 4 and all(
         have in (1, want) for have, want in zip(reversed(bias.shape), reversed(whole), strict=False)

@@ -51,7 +51,9 @@ class RelativeBias(Bias):
     def __init__(self, heads: int, **extent: int):
         super().__init__()
         if not extent or any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in extent.values()):
-            raise ChronotopeError(f"RelativeBias({heads}, {extent}): give an extent of 0 or more for at least one axis.")
+            raise ChronotopeError(
+                f"RelativeBias({heads}, {extent}): give an extent of 0 or more for at least one axis."
+            )
         self.heads = heads
         self.extent = dict(extent)
         entries = 1
@@ -89,10 +91,13 @@ class Alibi(Bias):
 
     slopes: Tensor
 
-    def __init__(self, heads: int, axes: tuple[str, ...] | None = None, slopes: Tensor | None = None, learned: bool = False):
+    def __init__(
+        self, heads: int, axes: tuple[str, ...] | None = None, slopes: Tensor | None = None, learned: bool = False
+    ):
         super().__init__()
         if slopes is None:
             slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+        slopes = torch.as_tensor(slopes)
         if slopes.shape != (heads,):
             raise ChronotopeError(f"Alibi: expected slopes of shape [{heads}], got {list(slopes.shape)}.")
         self.heads = heads

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from chronotope.errors import ChronotopeError
 
+RESERVED = ("axes", "grid", "place")
+
 
 class Grid:
     """Named integer axes on which tokens lie.
@@ -24,34 +26,38 @@ class Grid:
     Raises ChronotopeError when an axis is not a positive integer or there is no axis.
     """
 
-    __slots__ = ("_shape", "axes", "prefix")
+    __slots__ = ("axes", "prefix", "shape")
     axes: tuple[str, ...]
+    shape: tuple[int, ...]
     prefix: int
 
     def __init__(self, prefix: int = 0, **axes: int):
         if not axes:
-            raise ChronotopeError("Grid() has no axis: name at least one, such as Grid(t=8, h=32, w=32) or Grid(n=4096).")
+            raise ChronotopeError(
+                "Grid() has no axis: name at least one, such as Grid(t=8, h=32, w=32) or Grid(n=4096)."
+            )
         for name, size in axes.items():
+            if name in RESERVED:
+                raise ChronotopeError(
+                    f"Grid axis {name!r}: the name means something else on coordinates; take another."
+                )
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ChronotopeError(f"Grid axis {name}={size!r}: an axis needs a size of at least 1 token.")
+                raise ChronotopeError(
+                    f"Grid axis {name}={size!r}: an axis needs a size of at least 1 token, as an int."
+                )
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ChronotopeError(f"Grid prefix={prefix!r}: expected the number of prefix tokens, 0 or more.")
         object.__setattr__(self, "axes", tuple(axes))
-        object.__setattr__(self, "_shape", tuple(axes.values()))
+        object.__setattr__(self, "shape", tuple(axes.values()))
         object.__setattr__(self, "prefix", prefix)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Grid is frozen; make another one instead of setting {name}.")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes, in order."""
-        return self._shape
-
-    @property
     def places(self) -> int:
         """Number of tokens that have a place: all but the prefix."""
-        return math.prod(self._shape)
+        return math.prod(self.shape)
 
     @property
     def size(self) -> int:
@@ -64,21 +70,23 @@ class Grid:
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> size."""
-        return dict(zip(self.axes, self._shape, strict=True))
+        return dict(zip(self.axes, self.shape, strict=True))
 
     def coords(self, device: torch.device | str | None = None) -> Int64[Tensor, "size axes"]:
         """Coordinates of every token in order; prefix rows are -1."""
         out = torch.full((self.size, len(self.axes)), -1, dtype=torch.int64, device=device)
         index = torch.arange(self.places, device=device)
         for column in range(len(self.axes) - 1, -1, -1):
-            out[self.prefix :, column] = index % self._shape[column]
-            index = index // self._shape[column]
+            out[self.prefix :, column] = index % self.shape[column]
+            index = index // self.shape[column]
         return out
 
     def index(self, **coords: int) -> int:
         """Position in token order (prefix counted) of the token at these coordinates."""
         if set(coords) != set(self.axes):
-            raise ChronotopeError(f"index({_kwargs(coords)}) on {self!r}: give each of the axes {_names(self.axes)} once.")
+            raise ChronotopeError(
+                f"index({_kwargs(coords)}) on {self!r}: give each of the axes {_names(self.axes)} once."
+            )
         place = 0
         for name, size in self.sizes.items():
             if not 0 <= coords[name] < size:
@@ -119,7 +127,7 @@ class Grid:
         for part in parts:
             name, _, size = part.partition("=")
             name = name.strip()
-            if not size.strip().lstrip("-").isdigit() or not name.isidentifier():
+            if not size.strip().removeprefix("-").isdecimal() or not name.isidentifier():
                 raise ChronotopeError(f"grid {text!r}: {part!r} is not of the form axis=size, such as t=8.")
             if name in axes:
                 raise ChronotopeError(f"grid {text!r} names the axis {name!r} twice.")
@@ -127,7 +135,7 @@ class Grid:
         return cls(**axes)
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.axes, self._shape, self.prefix)
+        return (self.axes, self.shape, self.prefix)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Grid) and self._key() == other._key()
@@ -186,6 +194,11 @@ class Coords:
             for name, value in self.axes.items()
         }
         return Coords(self.grid, axes, self.place, self.prefix)
+
+
+def joint_shape(*tensors: Tensor) -> torch.Size:
+    """The shape to which tensors broadcast. (torch.broadcast_shapes imports sympy, half a second, when first used.)"""
+    return torch.broadcast_tensors(*tensors)[0].shape
 
 
 def align(x: Tensor, n_query: int, n_key: int) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from chronotope.bias import Bias
-from chronotope.grid import Coords
+from chronotope.grid import Coords, joint_shape
 from chronotope.planning import Tiles
 
 
@@ -34,7 +34,11 @@ class Scores:
         return (self.bias,) if isinstance(self.bias, Tensor) else (*self.bias.parameters(), *self.bias.buffers())
 
     def values(
-        self, parameters: tuple[Tensor, ...], tiles: Tiles, queries: Int64[Tensor, "g q_tokens"], keys: Int64[Tensor, "g k_tokens"]
+        self,
+        parameters: tuple[Tensor, ...],
+        tiles: Tiles,
+        queries: Int64[Tensor, "g q_tokens"],
+        keys: Int64[Tensor, "g k_tokens"],
     ) -> Float[Tensor, "b h g q_tokens k_tokens"] | None:
         """The bias of G blocks of token pairs, computed from the parameters that are given; B or H may be 1."""
         if self.bias is None:
@@ -45,13 +49,13 @@ class Scores:
             table = table.reshape((1,) * (4 - table.ndim) + tuple(table.shape))
             if table.shape[1] > 1:
                 table = table[:, list(self.heads)]
-            return table[:, :, q if table.shape[2] > 1 else torch.zeros_like(q), k if table.shape[3] > 1 else torch.zeros_like(k)]
+            return table[
+                :, :, q if table.shape[2] > 1 else torch.zeros_like(q), k if table.shape[3] > 1 else torch.zeros_like(k)
+            ]
         names = [name for name, _ in (*self.bias.named_parameters(), *self.bias.named_buffers())]
         state = dict(zip(names, parameters, strict=True))
-        score = torch.func.functional_call(
-            self.bias, state, (Coords.of(tiles.q.grid, q), Coords.of(tiles.k.grid, k))
-        )
-        shape = torch.broadcast_shapes(q.shape, k.shape)
+        score = torch.func.functional_call(self.bias, state, (Coords.of(tiles.q.grid, q), Coords.of(tiles.k.grid, k)))
+        shape = joint_shape(q, k)
         return score[list(self.heads)].expand(len(self.heads), *shape)[None]
 
 

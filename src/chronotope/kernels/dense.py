@@ -15,15 +15,17 @@ from chronotope.planning import Group, Tiles
 Block = Float[Tensor, "b hk g rows d"]
 Rows = Float[Tensor, "b hk g rows"]
 
+FUSED_FROM = 32 * 32  # pairs in a block, measured on a CPU with AVX-512
+
 
 class Piece:
     """Some tiles of a group and some rows of each: how to read them from tensors in token order, and write back."""
 
     def __init__(self, group: Group, tiles: slice, rows: slice, device: torch.device):
-        queries, keys = group.queries[tiles, rows], group.keys[tiles]
+        queries, keys = group.queries(tiles)[:, rows], group.keys(tiles)
         self.group, self.rows = group, rows
         self.shape, self.q_tokens, self.k_tokens = queries.shape, queries, keys
-        self.q_run, self.k_run = (run and full for run, full in zip(group.runs, (queries.shape[1] == group.queries.shape[1], True), strict=True))
+        self.q_run, self.k_run = _run(queries), _run(keys)
         self.q_index, self.k_index = queries.flatten().to(device), keys.flatten().to(device)
 
     def queries(self, x: Tensor, k: Tensor) -> Block:
@@ -48,9 +50,8 @@ class Piece:
 
     def mask(self, q: Tensor, k: Tensor) -> Bool[Tensor, "rows keys"] | None:
         """The element mask, repeated for the query heads that lie in the rows."""
-        if self.group.mask is None:
-            return None
-        return self.group.mask[self.rows].to(q.device).repeat(q.shape[1] // k.shape[1], 1)
+        mask = self.group.mask
+        return None if mask is None else mask[self.rows].to(q.device).repeat(q.shape[1] // k.shape[1], 1)
 
     def bias(self, scores: Scores, parameters: tuple[Tensor, ...], tiles: Tiles, k: Tensor) -> Tensor | None:
         """The bias as blocks [B or 1, Hk, G, rows, keys]."""
@@ -75,26 +76,41 @@ class Piece:
             x.index_copy_(2, self.q_index, value.to(x.dtype))
 
 
+def _run(tokens: Tensor) -> bool:
+    """Whether the tokens are consecutive: then a slice serves as well."""
+    return bool((tokens.flatten().diff() == 1).all())
+
+
 def _take(x: Tensor, index: Tensor, run: bool) -> Tensor:
     return x.narrow(2, int(index[0]), len(index)) if run else x.index_select(2, index)
 
 
-def fused(q: Tensor, v: Tensor, scores: Scores) -> bool:
-    """Whether torch's fused CPU kernel computes this call."""
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and scores.softcap is None and scores.bias is None
+def fused(group: Group, q: Tensor, v: Tensor, scores: Scores) -> bool:
+    """Whether torch's fused CPU kernel computes this group. On small blocks it is slower than plain products."""
+    able = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and scores.softcap is None and scores.bias is None
+    return able and group.shape[1] * group.shape[2] > FUSED_FROM
 
 
-def flash(
-    q: Block, k: Block, v: Block, scores: Scores, bias: None, mask: Tensor | None
-) -> tuple[Block, Rows]:
+def additive(group: Group, q: Tensor, k: Tensor) -> Tensor | None:
+    """The group's mask as the fused kernel takes it: 0 or -inf, for the rows of the blocks."""
+    mask = group.mask
+    if mask is None:
+        return None
+    mask = mask.repeat(q.shape[1] // k.shape[1], 1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros(1, 1, *mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def flash(q: Block, k: Block, v: Block, scores: Scores, mask: Tensor | None) -> tuple[Block, Rows]:
     """(out, lse) by the kernel behind scaled_dot_product_attention, which keeps lse to itself."""
     exact = torch.promote_types(q.dtype, torch.float32)
     q4, k4, v4 = (x.to(exact).flatten(1, 2) for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q4, k4, v4, 0.0, False, attn_mask=_additive(mask, exact), scale=scores.scale
+        q4, k4, v4, 0.0, False, attn_mask=mask, scale=scores.scale
     )
     if mask is not None:
-        lse = torch.where(mask.any(1), lse, -torch.inf)
+        # The kernel gives 0 for a row that sees nothing; the log of an empty sum is -inf.
+        lse = torch.where((mask == -torch.inf).all(-1), -torch.inf, lse)
     return out.view(*q.shape[:-1], v.shape[-1]), lse.contiguous().view(q.shape[:-1])
 
 
@@ -106,15 +122,9 @@ def flash_backward(
     q4, k4, v4, o4, g4 = (x.to(exact).flatten(1, 2) for x in (q, k, v, out, dout))
     lse4 = torch.where(lse == -torch.inf, 0.0, lse).flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g4.contiguous(), q4, k4, v4, o4, lse4, 0.0, False, attn_mask=_additive(mask, exact), scale=scores.scale
+        g4.contiguous(), q4, k4, v4, o4, lse4, 0.0, False, attn_mask=mask, scale=scores.scale
     )
     return tuple(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(1, 1, *mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _logits(q: Block, k: Block, scores: Scores, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -141,7 +151,15 @@ def written(
 
 
 def written_backward(
-    q: Block, k: Block, v: Block, lse: Rows, dout: Block, shift: Rows, scores: Scores, bias: Tensor | None, mask: Tensor | None
+    q: Block,
+    k: Block,
+    v: Block,
+    lse: Rows,
+    dout: Block,
+    shift: Rows,
+    scores: Scores,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Block, Block, Block, Tensor]:
     """(dq, dk, dv, dbias) of one part, by the formulas of `tiled.Backward`."""
     exact = lse.dtype

@@ -48,11 +48,15 @@ class Tiled(torch.autograd.Function):
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=exact, device=q.device)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
         for group in tiles.groups:
-            fused = dense.fused(q, v, scores)
+            fused = dense.fused(group, q, v, scores)
+            mask = dense.additive(group, q, k) if fused else None
             for piece in pieces(group, q, k, v, fused):
                 x, y, z = piece.queries(q.detach(), k), piece.keys(k.detach()), piece.keys(v.detach())
                 bias = piece.bias(scores, parameters, tiles, k)
-                part, part_lse = (dense.flash if fused else dense.written)(x, y, z, scores, bias, piece.mask(q, k))
+                if fused:
+                    part, part_lse = dense.flash(x, y, z, scores, mask)
+                else:
+                    part, part_lse = dense.written(x, y, z, scores, bias, piece.mask(q, k))
                 part, part_lse = piece.tokens(part, q), piece.tokens(part_lse[..., None], q)[..., 0]
                 if group.again:
                     part, part_lse = _join(part, part_lse, piece.take(out), piece.take(lse))
@@ -84,7 +88,14 @@ class Backward:
     where dS' is dS through the softcap. Source: Dao et al. 2022 (arXiv 2205.14135), appendix B.
     """
 
-    def __init__(self, tiles: Tiles, scores: Scores, parameters: tuple[Tensor, ...], wanted: tuple[bool, ...], differentiable: bool):
+    def __init__(
+        self,
+        tiles: Tiles,
+        scores: Scores,
+        parameters: tuple[Tensor, ...],
+        wanted: tuple[bool, ...],
+        differentiable: bool,
+    ):
         self.tiles, self.scores, self.parameters = tiles, scores, parameters
         self.wanted, self.differentiable = wanted, differentiable
 
@@ -93,14 +104,16 @@ class Backward:
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
         exact = lse.dtype
         dout = torch.zeros_like(out) if dout is None else dout
-        shift = (dout.to(exact) * out.to(exact)).sum(-1) - (0 if dlse is None else torch.where(lse == -torch.inf, 0.0, dlse))
-        fused = dense.fused(q, v, self.scores) and dlse is None and not self.differentiable
+        shift = (dout.to(exact) * out.to(exact)).sum(-1) - (
+            0 if dlse is None else torch.where(lse == -torch.inf, 0.0, dlse)
+        )
         dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (q, k, v))
         dparameters: list[Tensor | None] = [None] * len(self.parameters)
         for group in self.tiles.groups:
+            fused = dense.fused(group, q, v, self.scores) and dlse is None and not self.differentiable
+            mask = dense.additive(group, q, k) if fused else None
             for piece in pieces(group, q, k, v, fused):
-                x, g = piece.queries(q, k), piece.queries(dout, k)
-                y, z, mask = piece.keys(k), piece.keys(v), piece.mask(q, k)
+                x, g, y, z = piece.queries(q, k), piece.queries(dout, k), piece.keys(k), piece.keys(v)
                 lse_ = piece.queries(lse[..., None], k)[..., 0]
                 if fused:
                     dx, dy, dz = dense.flash_backward(x, y, z, piece.queries(out, k), lse_, g, self.scores, mask)
@@ -108,7 +121,9 @@ class Backward:
                     with torch.set_grad_enabled(self.differentiable or any(self.wanted)):
                         bias = piece.bias(self.scores, self.parameters, self.tiles, k)
                     shift_ = piece.queries(shift[..., None], k)[..., 0]
-                    dx, dy, dz, ds = dense.written_backward(x, y, z, lse_, g, shift_, self.scores, bias, mask)
+                    dx, dy, dz, ds = dense.written_backward(
+                        x, y, z, lse_, g, shift_, self.scores, bias, piece.mask(q, k)
+                    )
                     self._to_parameters(bias, ds, dparameters)
                 add = torch.Tensor.index_add if self.differentiable else torch.Tensor.index_add_
                 dq = add(dq, 2, piece.q_index, piece.tokens(dx, q).to(exact))
@@ -130,14 +145,13 @@ class Backward:
 
 def pieces(group: Group, q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Iterator[Piece]:
     """Cuts a group into batches of query tiles, and tiles into rows, that fit in memory and cache."""
-    count, rows = group.queries.shape
-    keys = group.keys.shape[1]
+    count, rows, keys = group.shape
     batch, heads = q.shape[:2]
     step, height = count, rows
     if not fused:
         height = max(1, min(rows, SCORED // (batch * heads * keys)))
         step = max(1, SCORED // (batch * heads * keys * height))
-    if not (group.runs[1] and step >= count):
+    if count * keys > k.shape[2]:  # else no key is listed twice, and all are copied at most once
         step = min(step, max(1, GATHERED // (batch * k.shape[1] * keys * (k.shape[3] + v.shape[3]))))
     for start in range(0, count, step):
         for top in range(0, rows, height):

@@ -104,7 +104,9 @@ class Joint(Pattern, ABC):
     def of(cls, a: Pattern, b: Pattern) -> Pattern:
         """Joins two patterns, taking apart what is joined by the same operator already."""
         if not isinstance(a, Pattern) or not isinstance(b, Pattern):
-            raise ChronotopeError(f"{a!r} and {b!r} cannot be joined: both sides must be patterns, such as ct.causal('t').")
+            raise ChronotopeError(
+                f"{a!r} and {b!r} cannot be joined: both sides must be patterns, such as ct.causal('t')."
+            )
         parts = tuple(part for side in (a, b) for part in (side.parts if isinstance(side, cls) else (side,)))
         heads_of(parts)
         return cls(parts)
@@ -127,6 +129,7 @@ class Joint(Pattern, ABC):
         return reduce(op, values)
 
 
+@dataclass(frozen=True, repr=False)
 class And(Joint):
     """Visible where every part says so."""
 
@@ -159,6 +162,7 @@ class And(Joint):
         return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts)
 
 
+@dataclass(frozen=True, repr=False)
 class Or(Joint):
     """Visible where some part says so."""
 
@@ -260,6 +264,8 @@ class PerHead(Pattern):
 
 def per_head(patterns: list[Pattern] | tuple[Pattern, ...]) -> Pattern:
     """Head i uses pattern i. The number of patterns must be the number of query heads."""
+    if isinstance(patterns, Pattern):
+        raise ChronotopeError(f"per_head({patterns!r}): give a list of one plain pattern for each head.")
     patterns = tuple(patterns)
     if not patterns or any(not isinstance(p, Pattern) or p.heads is not None for p in patterns):
         raise ChronotopeError(f"per_head({list(patterns)!r}): give a list of one plain pattern for each head.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chronotope.boxes import Boxes, identify
 from chronotope.errors import ChronotopeError
-from chronotope.grid import Coords, Grid, align
+from chronotope.grid import Coords, Grid, align, joint_shape
 from chronotope.patterns.base import Pattern, Reaches, Verdict
 from chronotope.patterns.reach import Reach
 from chronotope.patterns.separable import require_axes, require_once, require_positive
@@ -23,7 +23,7 @@ class Constant(Pattern):
     value: bool
 
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
-        shape = torch.broadcast_shapes(q.place.shape, k.place.shape)
+        shape = joint_shape(q.place, k.place)
         return torch.full(shape, self.value, dtype=torch.bool, device=q.place.device)
 
     def _over(self, q: Boxes, k: Boxes) -> Verdict:
@@ -58,6 +58,10 @@ class Causal(Pattern):
 
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         axes = self._axes(q.grid, k.grid)
+        if not axes:  # an axis that only one grid has is unconstrained: no order to keep
+            return torch.ones(
+                torch.broadcast_shapes(q.place.shape, k.place.shape), dtype=torch.bool, device=q.place.device
+            )
         before = after = torch.zeros((), dtype=torch.bool, device=q.place.device)
         for axis in axes:
             tie = ~before & ~after
@@ -66,7 +70,7 @@ class Causal(Pattern):
                 after | (tie & (k.axes[axis] > q.axes[axis])),
             )
         seen = before if self.strict else ~after
-        return seen.expand(torch.broadcast_shapes(seen.shape, q.place.shape, k.place.shape))
+        return seen.expand(joint_shape(seen, q.place, k.place))
 
     def _over(self, q: Boxes, k: Boxes) -> Verdict:
         # The lexicographic extremes of a box are its corners, and alignment keeps the order of places.
@@ -77,7 +81,7 @@ class Causal(Pattern):
         return self._precedes(k.lo, latest, len(q)), self._precedes(k.hi, earliest, len(q))
 
     def _precedes(self, key: dict[str, Tensor], query: dict[str, Tensor], count: int) -> Bool[Tensor, "p"]:
-        out = torch.full((count,), not self.strict)
+        out = torch.full((count,), not self.strict or not query)
         for axis in reversed(query):
             out = (key[axis] < query[axis]) | ((key[axis] == query[axis]) & out)
         return out
@@ -116,7 +120,7 @@ class Sinks(Pattern):
     n: int
 
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
-        return (k.place < self.n).expand(torch.broadcast_shapes(q.place.shape, k.place.shape))
+        return (k.place < self.n).expand(joint_shape(q.place, k.place))
 
     def _over(self, q: Boxes, k: Boxes) -> Verdict:
         return k.place(k.lo) < self.n, k.place(k.hi) < self.n

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chronotope.boxes import Boxes, identify
 from chronotope.errors import ChronotopeError
-from chronotope.grid import Coords, Grid, align
+from chronotope.grid import Coords, Grid, align, joint_shape
 from chronotope.patterns.base import Pattern, Reaches, Verdict
 from chronotope.patterns.reach import Reach
 
@@ -261,6 +261,8 @@ def blocks(*, shift: dict[str, int] | None = None, **sizes: int) -> Pattern:
         raise ChronotopeError("blocks() constrains no axis: name at least one, such as blocks(h=8, w=8).")
     for axis, size in sizes.items():
         require_positive(f"blocks({axis}={size!r})", "block size", size)
+    if shift is not None and not isinstance(shift, dict):
+        raise ChronotopeError(f"blocks(shift={shift!r}): expected whole numbers by axis, such as shift={{'h': 4}}.")
     for axis, by in (shift or {}).items():
         if axis not in sizes or isinstance(by, bool) or not isinstance(by, int):
             raise ChronotopeError(f"blocks(shift={shift!r}): expected whole numbers for the axes {', '.join(sizes)}.")
@@ -279,7 +281,7 @@ def strided(**strides: int) -> Pattern:
 def conjunction(q: Coords, k: Coords, seen: dict[str, Tensor]) -> Bool[Tensor, "..."]:
     """All of the per-axis relations; everything where there are none, in the shape of the pair."""
     if not seen:
-        shape = torch.broadcast_shapes(q.place.shape, k.place.shape)
+        shape = joint_shape(q.place, k.place)
         return torch.ones(shape, dtype=torch.bool, device=q.place.device)
     out = None
     for relation in seen.values():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chronotope.boxes import Boxes, chunks, identify
 from chronotope.errors import ChronotopeError
-from chronotope.grid import Coords, Grid, align
+from chronotope.grid import Coords, Grid, align, joint_shape
 from chronotope.patterns.base import Pattern, Verdict
 from chronotope.patterns.separable import require_axes, require_positive
 
@@ -99,7 +99,7 @@ class Graph(Pattern):
 
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         if not self._shared(q.grid, k.grid):
-            return torch.ones(torch.broadcast_shapes(q.place.shape, k.place.shape), dtype=torch.bool)
+            return torch.ones(joint_shape(q.place, k.place), dtype=torch.bool)
         table = _within(self, k.grid.sizes[self.axis]).to(q.place.device)
         return table[q.axes[self.axis], k.axes[self.axis]]
 
@@ -155,7 +155,7 @@ class Predicate(Pattern):
         answer = self.fn(q, k)
         if not isinstance(answer, Tensor):
             raise ChronotopeError(f"{self!r} returned {type(answer).__name__}; expected a bool tensor.")
-        return answer.expand(torch.broadcast_shapes(answer.shape, q.place.shape, k.place.shape))
+        return answer.expand(joint_shape(answer, q.place, k.place))
 
     def _over(self, q: Boxes, k: Boxes) -> Verdict:
         """By looking at every pair of small boxes; a pair of large boxes is left undecided, which is safe."""
@@ -187,9 +187,11 @@ class Predicate(Pattern):
 
 def segments(ids: Tensor | Sequence[int]) -> Pattern:
     """A query sees the keys of the same id. `ids`: int, one for each token without the prefix, in token order."""
-    values = torch.as_tensor(ids).detach().cpu()
+    values = _whole_numbers("segments", "[tokens]", ids)
     if values.ndim != 1 or values.is_floating_point() or values.is_complex() or values.numel() == 0:
-        raise ChronotopeError(f"segments: expected whole numbers of shape [tokens], got {values.dtype} {list(values.shape)}.")
+        raise ChronotopeError(
+            f"segments: expected whole numbers of shape [tokens], got {values.dtype} {list(values.shape)}."
+        )
     compact = torch.unique(values.long(), return_inverse=True)[1]
     # Ids count from 0 in order of value: what they are called does not matter, only who shares one.
     return Segments(np.ascontiguousarray(compact.numpy()).tobytes(), compact)
@@ -200,13 +202,22 @@ def graph(edges: Any, axis: str = "v", hops: int = 1) -> Pattern:
 
     `edges`: int [2, E], sources in row 0 and targets in row 1.
     """
-    values = torch.as_tensor(edges).detach().cpu()
+    values = _whole_numbers("graph", "[2, E]", edges)
     if values.numel() == 0:
         values = values.reshape(2, 0).long()
     if values.ndim != 2 or values.shape[0] != 2 or values.is_floating_point():
-        raise ChronotopeError(f"graph: expected edges as whole numbers [2, E], got {values.dtype} {list(values.shape)}.")
+        raise ChronotopeError(
+            f"graph: expected edges as whole numbers [2, E], got {values.dtype} {list(values.shape)}."
+        )
     require_positive(f"graph(hops={hops!r})", "number of hops", hops)
     return Graph(tuple(sorted({(int(a), int(b)) for a, b in values.T.tolist()})), axis, hops)
+
+
+def _whole_numbers(word: str, shape: str, data: Any) -> Tensor:
+    try:
+        return torch.as_tensor(data).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ChronotopeError(f"{word}: expected whole numbers of shape {shape}, got {data!r} ({error}).") from None
 
 
 def predicate(fn: Callable[[Any, Any], Tensor]) -> Pattern:

@@ -21,8 +21,8 @@ from chronotope.patterns.reach import Reach
 from chronotope.planning.layout import Layout
 from chronotope.planning.search import Blocks, search
 
-KEY_COPY = 24.0  # pairs that could be computed while one key and value are copied
-SMALL_TILE = 24.0  # a query tile of this many tokens runs at half speed
+KEY_COPY = 50.0  # pairs that could be computed while one key and value are copied
+SMALL_TILE = 64.0  # a query tile of this many tokens runs at half speed
 TILE_START = 4000.0  # pairs that could be computed while one query tile is set up
 SAMPLES = 24  # query tiles that stand for all, where looking at all would be slow
 VOLUMES = (32, 2048)  # tokens in a query tile, where the axes leave a choice

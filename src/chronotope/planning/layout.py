@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from chronotope.boxes import Boxes
@@ -17,7 +17,7 @@ PREFIX_TILE = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """A grid cut in tiles of one shape; tiles at the end of an axis may be smaller. Prefix tokens have tiles of their own."""
+    """A grid cut in tiles of one shape, smaller at the end of an axis. Prefix tokens have tiles of their own."""
 
     grid: Grid
     tile: tuple[int, ...]
@@ -58,16 +58,26 @@ class Layout:
             tile = (tile[:, None] * count + torch.arange(n)[None, :] // size).flatten()
         return torch.cat([torch.arange(self.grid.prefix), self.grid.prefix + torch.argsort(tile, stable=True)])
 
-    def tokens(self, tiles: Int64[Tensor, "g"]) -> Int64[Tensor, "g size"]:
+    def tokens(self, tiles: Int64[Tensor, "*some"]) -> Int64[Tensor, "*some size"]:
         """The tokens of tiles of one size."""
-        size = int(self.sizes[tiles[0]])
-        return self.order[self.start[tiles][:, None] + torch.arange(size)]
+        size = int(self.sizes[tiles.flatten()[0]])
+        return self.order[self.start[tiles][..., None] + torch.arange(size)]
+
+    def spread(self, tiles: Int64[Tensor, "some"]) -> Bool[Tensor, "tokens"]:
+        """Which tokens, in token order, lie in one of the tiles."""
+        chosen = torch.zeros(len(self.sizes), dtype=torch.bool)
+        chosen[tiles] = torch.ones((), dtype=torch.bool)
+        out = torch.empty(self.grid.size, dtype=torch.bool)
+        out[self.order] = chosen.repeat_interleave(self.sizes)
+        return out
 
     def boxes(self, tiles: Int64[Tensor, "p"]) -> Boxes:
         """The coordinates that tiles cover."""
         index = (tiles - self.prefix_tiles).clamp(min=0)
         lo, hi = {}, {}
-        for axis, n, size, count in reversed(list(zip(self.grid.axes, self.grid.shape, self.tile, self.counts, strict=True))):
+        for axis, n, size, count in reversed(
+            list(zip(self.grid.axes, self.grid.shape, self.tile, self.counts, strict=True))
+        ):
             lo[axis] = index % count * size
             hi[axis] = (lo[axis] + size).clamp(max=n) - 1
             index = index // count

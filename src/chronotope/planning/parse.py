@@ -22,10 +22,14 @@ def parse_pattern(text: str) -> Pattern:
 
     Raises ChronotopeError for anything else; an unknown name is answered with the near ones.
     """
+    if not isinstance(text, str):
+        raise ChronotopeError(f"{text!r} is not a pattern expression; expected text such as window(t=5) & causal('t').")
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except SyntaxError as error:
-        raise ChronotopeError(f"{text!r} is not a pattern expression ({error.msg}); write window(t=5) & causal('t').") from None
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ChronotopeError(
+            f"{text!r} is not a pattern expression ({getattr(error, 'msg', error)}); write window(t=5) & causal('t')."
+        ) from None
     value = _read(tree.body, text)
     if not isinstance(value, Pattern):
         raise ChronotopeError(f"{text!r} is not a pattern; write for example window(t=5, h=9) & causal('t').")
@@ -61,7 +65,9 @@ def _read(node: ast.expr, text: str) -> Any:
             return _list(left, text) + _list(right, text)
         case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int() as times)):
             return _list(left, text) * times
-        case ast.Call(func=ast.Name(id=name) | ast.Attribute(value=ast.Name(id="ct"), attr=name), args=args, keywords=keywords):
+        case ast.Call(
+            func=ast.Name(id=name) | ast.Attribute(value=ast.Name(id="ct"), attr=name), args=args, keywords=keywords
+        ):
             if name not in WORDS:
                 raise unknown_name("pattern", name, list(WORDS))
             named = {keyword.arg: _read(keyword.value, text) for keyword in keywords if keyword.arg}

@@ -75,8 +75,8 @@ class Plan:
         count = self.pairs * (self.heads if self.where.heads else 1)
         if count > MASK_LIMIT:
             raise ChronotopeError(
-                f"Plan.mask() would hold {count:,} pairs of {self.grid!r}; it is for small grids, up to {MASK_LIMIT:,}. "
-                "Ask .density, .tile_density or explain(), or ct.draw for one query."
+                f"Plan.mask() would hold {count:,} pairs of {self.grid!r}; it is for small grids, up to {MASK_LIMIT:,}."
+                " Ask .density, .tile_density or explain(), or ct.draw for one query."
             )
         if self.where.heads is None:
             return self.parts[0].tiles.mask()
@@ -143,6 +143,8 @@ def plan(
 def _shape(tile: Mapping[str, int] | None, grid: Grid) -> tuple[int, ...] | None:
     if tile is None:
         return None
+    if not isinstance(tile, Mapping):
+        raise ChronotopeError(f"tile={tile!r}: expected tokens by axis, such as {{'t': 2, 'h': 4, 'w': 8}}.")
     grid.require(tile, f"tile={dict(tile)!r}")
     for axis, size in tile.items():
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= grid.sizes[axis]:
@@ -177,7 +179,7 @@ def _visible(tiles: Tiles) -> int:
     grid, key_grid = tiles.q.grid, tiles.k.grid
     reaches = tiles.pattern.reaches(grid, key_grid)
     count = 1
-    for axis, found in (reaches or {}).items():
+    for found in (reaches or {}).values():
         joint = found[0]
         for reach in found[1:]:
             meeting = joint.meet(reach)

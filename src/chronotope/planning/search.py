@@ -139,7 +139,9 @@ def _prefix_pairs(pattern: Pattern, q: Layout, k: Layout) -> list[tuple[Tensor, 
     if of_prefix and k.prefix_tiles:
         out.append((*torch.cartesian_prod(torch.arange(len(q.sizes)), torch.arange(k.prefix_tiles)).T, True))
     if by_prefix and q.prefix_tiles:
-        out.append((*torch.cartesian_prod(torch.arange(q.prefix_tiles), torch.arange(k.prefix_tiles, len(k.sizes))).T, True))
+        out.append(
+            (*torch.cartesian_prod(torch.arange(q.prefix_tiles), torch.arange(k.prefix_tiles, len(k.sizes))).T, True)
+        )
     return out
 
 

@@ -52,7 +52,9 @@ def load_plan(path: str | Path, grid: Grid | None = None) -> Plan:
         parse_pattern(data["where"]), saved, Grid.from_dict(data["key_grid"]), heads=data["heads"], tile=data["tile"]
     )
     if digest(out) != data["digest"]:
-        raise ChronotopeError(f"plan file {path}: its pattern does not give the pairs it was saved with; save it again.")
+        raise ChronotopeError(
+            f"plan file {path}: its pattern does not give the pairs it was saved with; save it again."
+        )
     return out
 
 

@@ -30,7 +30,8 @@ def explain(plan: Plan) -> str:
         total = len(tiles.q.sizes) * len(tiles.k.sizes)
         full = int(found.full.sum())
         lines.append(
-            f"  query tiles {_shape(plan.grid.axes, tiles.q.tile)}, key tiles {_shape(plan.key_grid.axes, tiles.k.tile)}: "
+            f"  query tiles {_shape(plan.grid.axes, tiles.q.tile)}, "
+            f"key tiles {_shape(plan.key_grid.axes, tiles.k.tile)}: "
             f"{total - len(found.rows):,} pairs of tiles empty, {full:,} full, {len(found.rows) - full:,} partial"
         )
         if part.choices:
@@ -38,7 +39,9 @@ def explain(plan: Plan) -> str:
             lines.append("  chosen for the least estimated work; the next best, relative to it:")
             for choice in part.choices[1:4]:
                 tile = _shape(plan.grid.axes, choice.q_tile)
-                lines.append(f"    {tile} with keys {_shape(plan.key_grid.axes, choice.k_tile)}: {choice.cost / best:.2f}")
+                lines.append(
+                    f"    {tile} with keys {_shape(plan.key_grid.axes, choice.k_tile)}: {choice.cost / best:.2f}"
+                )
         else:
             lines.append("  as given by the caller")
     return "\n".join(lines)

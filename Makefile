@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench evidence lint screenshot clean
+
+demo: $(STAMP)  ## The main job on built-in input: report in out/report.html
+	$(BIN)/chronotope compare
+
+test: $(STAMP)  ## The tests
+	$(BIN)/python -m pytest -q -n 2
+
+bench: $(STAMP)  ## Times and ratios, in one run
+	$(BIN)/python -m chronotope.bench
+
+evidence: $(STAMP)  ## The longer tests: trainings, timings, full counts of the laws
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+screenshot: $(STAMP)  ## docs/report.png from out/report.html
+	$(BIN)/python docs/screenshot.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist

@@ -1,0 +1,1 @@
+"""Static patterns: who looks at whom is known before the data."""

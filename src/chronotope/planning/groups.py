@@ -1,0 +1,101 @@
+"""Batches for kernels: query tiles whose listed keys look alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from chronotope.grid import Coords
+from chronotope.patterns import Pattern
+from chronotope.planning.layout import Layout
+
+MASKS_KEPT = 1 << 26  # elements of masks that may be kept whatever the grid; beyond that, so many for each token
+MASKS_PER_TOKEN = 1 << 10
+
+
+@dataclass(frozen=True)
+class Group:
+    """Query tiles of one size, each with a list of key tiles; column by column these have one size too.
+
+    Where `masked`, every tile of the group has the same element mask. `again`: an earlier group has other keys for
+    the same queries, so the results must be merged. `keep`: whether the mask may stay in memory.
+    """
+
+    pattern: Pattern
+    q: Layout
+    k: Layout
+    q_tiles: Int64[Tensor, "g"]
+    k_tiles: Int64[Tensor, "g n"]
+    masked: bool
+    again: bool
+    keep: bool
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of query tiles, tokens of one, and keys listed by one."""
+        return len(self.q_tiles), int(self.q.sizes[self.q_tiles[0]]), int(self.k.sizes[self.k_tiles[0]].sum())
+
+    def queries(self, members: slice) -> Int64[Tensor, "m q_tokens"]:
+        """The query tokens of some tiles."""
+        return self.q.tokens(self.q_tiles[members])
+
+    def keys(self, members: slice) -> Int64[Tensor, "m k_tokens"]:
+        """The key tokens that some tiles list."""
+        _, counts = torch.unique_consecutive(self.k.sizes[self.k_tiles[0]], return_counts=True)
+        columns = self.k_tiles[members].split(counts.tolist(), dim=1)
+        return torch.cat([self.k.tokens(tiles).flatten(1) for tiles in columns], dim=1)
+
+    @property
+    def mask(self) -> Bool[Tensor, "q_tokens k_tokens"] | None:
+        """Which keys each query sees, shared by all tiles of the group; None: everything is visible."""
+        if not self.masked:
+            return None
+        return self._kept if self.keep else self._evaluate()
+
+    @cached_property
+    def _kept(self) -> Bool[Tensor, "q_tokens k_tokens"]:
+        return self._evaluate()
+
+    def _evaluate(self) -> Bool[Tensor, "q_tokens k_tokens"]:
+        q = Coords.of(self.q.grid, self.queries(slice(1))[0]).view(-1, 1)
+        k = Coords.of(self.k.grid, self.keys(slice(1))[0]).view(1, -1)
+        return self.pattern.sees(q, k)
+
+
+def group(
+    pattern: Pattern, q: Layout, k: Layout, rows: Tensor, cols: Tensor, kinds: Tensor | None, before: set[int]
+) -> list[Group]:
+    """Groups the pairs (rows, cols), in order of rows: query tiles of one size with the same sequence of kinds.
+
+    `kinds`: equal numbers mean equal element masks and sizes; None: all pairs are full, only sizes matter. `before`:
+    query tiles that have keys in other groups already.
+    """
+    if not len(rows):
+        return []
+    if kinds is None:
+        kinds = k.sizes[cols]
+        # Without a mask the order of the keys is free; sorted by size, more tiles look alike.
+        order = torch.argsort(rows * (int(kinds.max()) + 1) - kinds, stable=True)
+        cols, kinds, masked = cols[order], kinds[order], False
+    else:
+        masked = True
+    tiles, count = torch.unique_consecutive(rows, return_counts=True)
+    ends = count.cumsum(0)
+    starts, sizes, kind_list = (ends - count).tolist(), q.sizes.tolist(), kinds.tolist()
+    same: dict[tuple[int, ...], list[int]] = {}
+    for i, (tile, start, end) in enumerate(zip(tiles.tolist(), starts, ends.tolist(), strict=True)):
+        same.setdefault((sizes[tile], tile in before, *kind_list[start:end]), []).append(i)
+    elements = sum(
+        key[0] * int(k.sizes[cols[starts[m[0]] : starts[m[0]] + len(key) - 2]].sum()) for key, m in same.items()
+    )
+    keep = elements <= max(MASKS_KEPT, MASKS_PER_TOKEN * max(q.grid.size, k.grid.size))
+    out = []
+    for key, members in same.items():
+        first = (ends - count)[torch.tensor(members)]
+        listed = cols[first[:, None] + torch.arange(len(key) - 2)]
+        out.append(Group(pattern, q, k, tiles[torch.tensor(members)], listed, masked, bool(key[1]), keep))
+    return out
