@@ -1,4 +1,4 @@
-"""Draws docs/planning.svg: `python docs/pictures.py`. Verdicts on boxes of (queries, keys), cut until they are settled."""
+"""Draws docs/planning.svg: verdicts on boxes of (queries, keys), cut until they are settled."""
 
 from pathlib import Path
 

@@ -7,8 +7,10 @@ Say where tokens are (a grid), who may look at whom (a pattern), and it is compu
     out = ct.attention(q, k, v, grid=grid, where=near)
 """
 
+from chronotope import nn
 from chronotope.attention import attention, backends
 from chronotope.bias import Alibi, Bias, RelativeBias
+from chronotope.draw import draw
 from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.grid import Grid
 from chronotope.merge import merge
@@ -28,6 +30,7 @@ from chronotope.patterns import (
     window,
 )
 from chronotope.planning import Plan, load_plan, parse_pattern, plan
+from chronotope.position import Rope
 
 __version__ = "0.1.0"
 
@@ -39,16 +42,19 @@ __all__ = [
     "Pattern",
     "Plan",
     "RelativeBias",
+    "Rope",
     "UnsupportedError",
     "along",
     "attention",
     "backends",
     "blocks",
     "causal",
+    "draw",
     "full",
     "graph",
     "load_plan",
     "merge",
+    "nn",
     "nothing",
     "parse_pattern",
     "per_head",

@@ -114,7 +114,7 @@ class Alibi(Bias):
 
     def score(self, q: Coords, k: Coords) -> Float[Tensor, "heads ..."]:
         shared = [axis for axis in self.axes or q.grid.axes if axis in q.axes and axis in k.axes]
-        distance = torch.zeros((), dtype=torch.int64, device=q.place.device)
+        distance = torch.zeros_like(q.place + k.place)
         for axis in shared:
             distance = distance + (k.axes[axis] - q.axes[axis]).abs()
         return -self.slopes.view(-1, *[1] * distance.ndim) * distance

@@ -17,13 +17,10 @@ def main() -> None:
     threads = parser.parse_args().threads
     torch.set_num_threads(threads)
     print(machine(threads))
-    for lines in (
-        core.planning,
-        lambda: core.million(threads),
-        lambda: core.attention_table(threads),
-        lambda: core.memory(threads),
-    ):
-        print("\n".join(lines()), flush=True)
+    for part in (core.planning, lambda: core.million(threads), core.attention_table, lambda: core.memory(threads)):
+        for line in part():
+            print(line, flush=True)
+        print()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,9 +49,9 @@ def fresh(code: str, threads: int) -> Fresh:
     The code may call `before()` when its input is ready: what was resident by then does not count as added.
     """
     program = (
-        "import resource, torch, chronotope as ct\n"
+        "import torch, chronotope as ct\n"
+        "from chronotope.bench.referee import peak\n"
         f"torch.set_num_threads({threads})\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "base = [peak()]\n"
         "def before(): base[0] = peak()\n"
         f"{code}\n"
@@ -62,13 +63,23 @@ def fresh(code: str, threads: int) -> Fresh:
     return Fresh("\n".join(printed), float(added), float(whole))
 
 
+def peak() -> float:
+    """Highest resident memory of this process so far, in MB.
+
+    From the kernel's account of the address space: getrusage would also count what a parent held when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def machine(threads: int) -> str:
     """One line: processor, cores, threads, and versions."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
+        names = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].strip() if names else cpu
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{cpu}, {os.cpu_count()} cores, {threads} threads, {versions}"

@@ -13,6 +13,9 @@ from chronotope.kernels.call import Scores
 from chronotope.planning import Group, Tiles
 
 Block = Float[Tensor, "b hk g rows d"]
+Keys = Float[Tensor, "b hk g keys d"]
+Values = Float[Tensor, "b hk g keys dv"]
+Out = Float[Tensor, "b hk g rows dv"]
 Rows = Float[Tensor, "b hk g rows"]
 
 FUSED_FROM = 32 * 32  # pairs in a block, measured on a CPU with AVX-512
@@ -37,7 +40,7 @@ class Piece:
         x = x.view(batch, key_heads, heads // key_heads, *self.shape, size).transpose(2, 3)
         return x.reshape(batch, key_heads, self.shape[0], -1, size)
 
-    def keys(self, x: Tensor) -> Block:
+    def keys(self, x: Tensor) -> Keys:
         """Keys or values from x [B, Hk, Nk, D] as blocks."""
         taken = _take(x, self.k_index, self.k_run)
         return taken.reshape(*x.shape[:2], *self.k_tokens.shape, x.shape[3])
@@ -101,7 +104,7 @@ def additive(group: Group, q: Tensor, k: Tensor) -> Tensor | None:
     return torch.zeros(1, 1, *mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-def flash(q: Block, k: Block, v: Block, scores: Scores, mask: Tensor | None) -> tuple[Block, Rows]:
+def flash(q: Block, k: Keys, v: Values, scores: Scores, mask: Tensor | None) -> tuple[Out, Rows]:
     """(out, lse) by the kernel behind scaled_dot_product_attention, which keeps lse to itself."""
     exact = torch.promote_types(q.dtype, torch.float32)
     q4, k4, v4 = (x.to(exact).flatten(1, 2) for x in (q, k, v))
@@ -115,8 +118,8 @@ def flash(q: Block, k: Block, v: Block, scores: Scores, mask: Tensor | None) -> 
 
 
 def flash_backward(
-    q: Block, k: Block, v: Block, out: Block, lse: Rows, dout: Block, scores: Scores, mask: Tensor | None
-) -> tuple[Block, Block, Block]:
+    q: Block, k: Keys, v: Values, out: Out, lse: Rows, dout: Out, scores: Scores, mask: Tensor | None
+) -> tuple[Block, Keys, Values]:
     """(dq, dk, dv) of one part: with out and lse of the whole attention its share of each gradient comes out."""
     exact = lse.dtype
     q4, k4, v4, o4, g4 = (x.to(exact).flatten(1, 2) for x in (q, k, v, out, dout))
@@ -127,7 +130,7 @@ def flash_backward(
     return tuple(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
-def _logits(q: Block, k: Block, scores: Scores, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _logits(q: Block, k: Keys, scores: Scores, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """softcap(scale * q k^T) + bias, and the tanh that its gradient needs."""
     logits = scores.scale * (q @ k.transpose(-1, -2))
     bend = None
@@ -138,8 +141,8 @@ def _logits(q: Block, k: Block, scores: Scores, bias: Tensor | None) -> tuple[Te
 
 
 def written(
-    q: Block, k: Block, v: Block, scores: Scores, bias: Tensor | None, mask: Tensor | None
-) -> tuple[Block, Rows]:
+    q: Block, k: Keys, v: Values, scores: Scores, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Out, Rows]:
     """(out, lse) with the scores written out: any head size, softcap, bias, dtype, device."""
     exact = torch.promote_types(q.dtype, torch.float32)
     logits, _ = _logits(q.to(exact), k.to(exact), scores, None if bias is None else bias.to(exact))
@@ -152,15 +155,15 @@ def written(
 
 def written_backward(
     q: Block,
-    k: Block,
-    v: Block,
+    k: Keys,
+    v: Values,
     lse: Rows,
-    dout: Block,
+    dout: Out,
     shift: Rows,
     scores: Scores,
     bias: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Block, Block, Block, Tensor]:
+) -> tuple[Block, Keys, Values, Tensor]:
     """(dq, dk, dv, dbias) of one part, by the formulas of `tiled.Backward`."""
     exact = lse.dtype
     q, k, v, dout = (x.to(exact) for x in (q, k, v, dout))

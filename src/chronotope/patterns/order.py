@@ -59,9 +59,7 @@ class Causal(Pattern):
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         axes = self._axes(q.grid, k.grid)
         if not axes:  # an axis that only one grid has is unconstrained: no order to keep
-            return torch.ones(
-                torch.broadcast_shapes(q.place.shape, k.place.shape), dtype=torch.bool, device=q.place.device
-            )
+            return torch.ones(joint_shape(q.place, k.place), dtype=torch.bool, device=q.place.device)
         before = after = torch.zeros((), dtype=torch.bool, device=q.place.device)
         for axis in axes:
             tie = ~before & ~after

@@ -24,10 +24,12 @@ from chronotope.planning.search import Blocks, search
 KEY_COPY = 50.0  # pairs that could be computed while one key and value are copied
 SMALL_TILE = 64.0  # a query tile of this many tokens runs at half speed
 TILE_START = 4000.0  # pairs that could be computed while one query tile is set up
-SAMPLES = 24  # query tiles that stand for all, where looking at all would be slow
+SAMPLES = 16  # query tiles that stand for all, where looking at all would be slow
 VOLUMES = (32, 2048)  # tokens in a query tile, where the axes leave a choice
 KEY_VOLUME = 16  # least tokens in a key tile
 STEPS = 6  # rounds of descent
+REFINED = 3  # candidates that are tried with finer key tiles, where looking at all would be slow
+RUN = 512  # tokens in the run from which a descent starts
 
 Shape = tuple[int, ...]
 
@@ -55,21 +57,39 @@ def choose(pattern: Pattern, grid: Grid, key_grid: Grid) -> list[Choice]:
     keys_per_tile = _per_axis(reaches or {}, grid, key_grid) if independent else _sampled(pattern, grid, key_grid)
     known: dict[tuple[Shape, int], Choice] = {}
 
-    def consider(tile: Shape) -> float:
-        for finer in (1, 2, 4):
-            small = tuple(max(1, s // finer) if len(choices) > 1 else s for s, choices in zip(tile, sizes, strict=True))
-            if (tile, finer) not in known and (finer == 1 or math.prod(small) >= KEY_VOLUME):
-                k_tile = key_tile(grid, key_grid, small)
-                known[tile, finer] = Choice(tile, k_tile, _cost(tile, keys_per_tile(tile, k_tile)))
-        return min(choice.cost for (t, _), choice in known.items() if t == tile)
+    def consider(tile: Shape, finer: int = 1) -> float:
+        small = tuple(max(1, s // finer) if len(choices) > 1 else s for s, choices in zip(tile, sizes, strict=True))
+        worth = finer == 1 or (small != tile and math.prod(small) >= KEY_VOLUME)
+        if worth and (tile, finer) not in known:
+            k_tile = key_tile(grid, key_grid, small)
+            known[tile, finer] = Choice(tile, k_tile, _cost(tile, keys_per_tile(tile, k_tile)))
+        return known[tile, finer].cost if (tile, finer) in known else math.inf
 
     if reaches is None:
-        _descend(consider, sizes)
+        for start in _starts(sizes):
+            _descend(consider, sizes, start)
     else:
         for tile in itertools.product(*sizes):
             if _sensible(tile, sizes):
                 consider(tile)
+    for tile, finer in itertools.product(_best(known, REFINED if reaches is None else None), (2, 4)):
+        consider(tile, finer)
     return sorted(known.values(), key=lambda choice: choice.cost)
+
+
+def _best(known: dict[tuple[Shape, int], Choice], count: int | None) -> list[Shape]:
+    return [choice.q_tile for choice in sorted(known.values(), key=lambda choice: choice.cost)[:count]]
+
+
+def _starts(sizes: list[list[int]]) -> list[list[int]]:
+    """Where to begin a descent: tiles of middle size on every axis, and runs of tokens that follow each other."""
+    run, volume = [0] * len(sizes), math.prod(choices[0] for choices in sizes)
+    for axis in reversed(range(len(sizes))):
+        for i, size in enumerate(sizes[axis]):
+            if volume // sizes[axis][run[axis]] * size <= RUN:
+                volume = volume // sizes[axis][run[axis]] * size
+                run[axis] = i
+    return [[len(choices) // 2 for choices in sizes], run]
 
 
 def _cost(tile: Shape, keys: float) -> float:
@@ -83,9 +103,8 @@ def _sensible(tile: Shape, sizes: list[list[int]]) -> bool:
     return max(least, min(most, VOLUMES[0])) <= math.prod(tile) <= max(least, VOLUMES[1])
 
 
-def _descend(consider: Callable[[Shape], float], sizes: list[list[int]]) -> None:
+def _descend(consider: Callable[[Shape], float], sizes: list[list[int]], place: list[int]) -> None:
     """Looks at the neighbours of the best tile so far, twice or half as large on one axis, until none is better."""
-    place = [len(choices) // 2 for choices in sizes]
     best = consider(tuple(choices[i] for choices, i in zip(sizes, place, strict=True)))
     for _ in range(STEPS):
         around = []
@@ -111,7 +130,8 @@ def _sizes(reaches: Reaches | None, grid: Grid, key_grid: Grid, axis: str) -> li
         if any(blocks):
             return [max(blocks)]
     least, most = (32, 1024) if len(grid.axes) == 1 else (1, 64)
-    return [2**i for i in range(11) if least <= 2**i <= min(n, most)] or [n]
+    powers = [2**i for i in range(11) if least <= 2**i <= min(n, most)]
+    return sorted({*powers, n}) if n <= most else powers
 
 
 def _block(reach: Reach, n: int) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool
@@ -91,7 +92,7 @@ class Plan:
 
         return explain(self)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the plan as a small JSON file, which `ct.load_plan` reads."""
         from chronotope.planning.store import save_plan
 

@@ -14,6 +14,7 @@ from chronotope.planning.parse import parse_pattern
 from chronotope.planning.planner import Plan, plan
 
 SCHEMA = 1
+ENTRIES = {"where": str, "grid": dict, "key_grid": dict, "heads": int, "tile": dict | None, "digest": str}
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
@@ -45,12 +46,10 @@ def load_plan(path: str | Path, grid: Grid | None = None) -> Plan:
     newer version, of another grid, or that does not describe the plan that it says.
     """
     data = _read(Path(path))
-    saved = Grid.from_dict(data["grid"])
+    saved, keys = _grid(path, data["grid"]), _grid(path, data["key_grid"])
     if grid is not None and grid != saved:
         raise ChronotopeError(f"plan file {path} is for {saved!r}, not for {grid!r}; make a plan for this grid.")
-    out = plan(
-        parse_pattern(data["where"]), saved, Grid.from_dict(data["key_grid"]), heads=data["heads"], tile=data["tile"]
-    )
+    out = plan(parse_pattern(data["where"]), saved, keys, heads=data["heads"], tile=data["tile"])
     if digest(out) != data["digest"]:
         raise ChronotopeError(
             f"plan file {path}: its pattern does not give the pairs it was saved with; save it again."
@@ -79,10 +78,20 @@ def _read(path: Path) -> dict[str, Any]:
             f"plan file {path} has schema {data['chronotope_plan']}, newer than {SCHEMA}, the newest that this "
             "version of chronotope reads; upgrade chronotope or save the plan again."
         )
-    missing = [key for key in ("where", "grid", "key_grid", "heads", "tile", "digest") if key not in data]
+    missing = [key for key in ENTRIES if key not in data]
     if missing:
         raise ChronotopeError(f"plan file {path} is truncated: {', '.join(missing)} missing; save it again.")
+    wrong = [f"{key}={data[key]!r}" for key, kind in ENTRIES.items() if not isinstance(data[key], kind)]
+    if wrong:
+        raise ChronotopeError(f"plan file {path} does not describe a plan: {', '.join(wrong)}; save it again.")
     return data
+
+
+def _grid(path: str | Path, data: dict[str, Any]) -> Grid:
+    try:
+        return Grid.from_dict(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ChronotopeError(f"plan file {path}: {data!r} is no grid ({error}); save it again.") from None
 
 
 def _readable(where: Pattern) -> None:

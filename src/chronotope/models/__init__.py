@@ -1,0 +1,5 @@
+"""Models built from the layers of `chronotope.nn`."""
+
+from chronotope.models.predictor import Predictor
+
+__all__ = ["Predictor"]
