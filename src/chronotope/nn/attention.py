@@ -151,7 +151,8 @@ class Attention(Mixer):
                 f"the state is for where={state.where!r}, the layer has {self.where!r}: call init_state again."
             )
         q, k, v, _ = self._project(x, state.grid, None, time=state.time)
-        k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
+        # Under autocast the new slice may be of a lower precision than the weights, whose dtype an empty cache has.
+        k, v = torch.cat((state.k.to(k.dtype), k), 2), torch.cat((state.v.to(v.dtype), v), 2)
         out = attend_slice(q, k, v, state.time, state.grid, state.where, self.bias, self.softcap)
         horizon = state.where.horizon(state.grid.axes[0])
         spare = 0 if horizon is None else k.shape[2] - horizon * state.grid.size

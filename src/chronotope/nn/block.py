@@ -19,18 +19,25 @@ class Block(Mixer):
 
     Args:
         mixers: one after the other; `Block(mixers=[Attention(64, 4, where=along("t")),
-            Attention(64, 4, where=along("h", "w"))], dim=64)` is divided space-time attention.
-        dim: channels of x.
+            Attention(64, 4, where=along("h", "w"))])` is divided space-time attention.
+        dim: channels of x; default: those of the mixers.
         mlp: "swiglu", "gelu", or None for no feed-forward.
         mlp_ratio: hidden channels of the feed-forward over dim.
 
     `context` goes to the mixers that are wrapped in `Cross`, which no others look at.
     """
 
-    def __init__(self, mixers: Sequence[Mixer], dim: int, mlp: str | None = "swiglu", mlp_ratio: float | int = 4.0):
+    def __init__(
+        self,
+        mixers: Sequence[Mixer],
+        dim: int | None = None,
+        mlp: str | None = "swiglu",
+        mlp_ratio: float | int = 4.0,
+    ):
         super().__init__()
         if not mixers:
             raise ChronotopeError("Block(mixers=[]): give at least one mixer, such as ct.nn.Attention(dim, heads).")
+        self.dim = dim = _dim_of(mixers, dim, "Block")
         self.mixers = nn.ModuleList(mixers)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in mixers)
         self.mlp = None if mlp is None else FeedForward(dim, mlp, mlp_ratio)
@@ -62,8 +69,9 @@ class Block(Mixer):
 class Stack(Mixer):
     """Blocks one after the other, then a norm: LayerNorm(block_L(... block_1(x)))."""
 
-    def __init__(self, blocks: Sequence[Mixer], dim: int):
+    def __init__(self, blocks: Sequence[Mixer], dim: int | None = None):
         super().__init__()
+        self.dim = dim = _dim_of(blocks, dim, "Stack")
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
 
@@ -92,6 +100,7 @@ class Cross(Mixer):
     def __init__(self, mixer: Mixer):
         super().__init__()
         self.mixer = mixer
+        self.dim: int | None = getattr(mixer, "dim", None)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None) -> Float[Tensor, "b n c"]:
         """The mixer over the context. Raises ChronotopeError where there is none."""
@@ -106,3 +115,13 @@ class Cross(Mixer):
     def step(self, x: Float[Tensor, "b s c"], state: Any) -> tuple[Float[Tensor, "b s c"], Any]:
         """Never reached: there is no state."""
         raise ChronotopeError("Cross cannot be stepped: step(x, state) takes no context. Call forward for each slice.")
+
+
+def _dim_of(mixers: Sequence[Mixer], dim: int | None, what: str) -> int:
+    """The channels that are given, or that the mixers say they have."""
+    said = {size for size in (getattr(mixer, "dim", None) for mixer in mixers) if size is not None}
+    if dim is None and len(said) == 1:
+        return int(said.pop())
+    if dim is None or not said <= {dim}:
+        raise ChronotopeError(f"{what}: dim={dim}, and its mixers have {sorted(said)} channels; give one size to all.")
+    return dim

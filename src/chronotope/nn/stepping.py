@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,29 +32,48 @@ def attend_slice(
     Dense over the keys that some query of the slice sees; where a query sees its own place in other slices only
     (`along("t")`), place by place. A query that sees no key gets 0.
     """
+    sight = _sight(where, grid, time, k.shape[2], q.device)
+    if keeps_place(where, grid):
+        k, v = (x.unflatten(2, (-1, grid.size)).transpose(2, 3) for x in (k, v))
+    else:
+        k, v = k[:, :, None], v[:, :, None]
+    if sight.chosen is not None:
+        k, v = k.index_select(3, sight.chosen), v.index_select(3, sight.chosen)
+    score = None if bias is None else bias(sight.queries, sight.keys)
+    return _dense(q, k, v, sight.seen, score, softcap)
+
+
+class _Sight(NamedTuple):
+    """Who sees whom: s queries and n keys in each of some places, places * s being the slice."""
+
+    queries: Coords
+    keys: Coords
+    seen: Bool[Tensor, "*heads places s n"]
+    chosen: Tensor | None
+    """The keys that somebody sees, of those kept; None: all."""
+
+
+# Layers of one pattern ask for the same; few are held, since each has as many entries as there are scores.
+@lru_cache(maxsize=4)
+def _sight(where: Pattern, grid: Grid, time: int, kept: int, device: torch.device) -> _Sight:
     whole = grid.replace(**{grid.axes[0]: time + 1})
     size, end = grid.size, whole.size
-    own, past = (torch.arange(start, end, device=q.device) for start in (end - size, end - k.shape[2]))
-    if keeps_place(where, grid):
-        own, past = own[:, None], past.view(-1, size).T
-        k, v = (x.unflatten(2, (-1, size)).transpose(2, 3) for x in (k, v))
-    else:
-        own, past, k, v = own[None], past[None], k[:, :, None], v[:, :, None]
-    queries, keys = Coords.of(whole, own[:, :, None]), Coords.of(whole, past[:, None, :])
-    seen = _seen(where, queries, keys)
-    columns = seen.flatten(0, -2).any(0)
-    if not bool(columns.all()):
+    with torch.inference_mode(False):
+        own, past = (torch.arange(start, end, device=device) for start in (end - size, end - kept))
+        own, past = (own[:, None], past.view(-1, size).T) if keeps_place(where, grid) else (own[None], past[None])
+        queries, keys = Coords.of(whole, own[:, :, None]), Coords.of(whole, past[:, None, :])
+        seen = _seen(where, queries, keys)
+        columns = seen.flatten(0, -2).any(0)
+        if bool(columns.all()):
+            return _Sight(queries, keys, seen, None)
         # Fewer keys to read; and what nobody sees cannot leak, be it NaN.
         chosen = columns.nonzero()[:, 0]
-        k, v, seen = k.index_select(3, chosen), v.index_select(3, chosen), seen[..., chosen]
-        keys = Coords.of(whole, past[:, None, chosen])
-    score = None if bias is None else bias(queries, keys)
-    return _dense(q, k, v, seen, score, softcap)
+        return _Sight(queries, Coords.of(whole, past[:, None, chosen]), seen[..., chosen], chosen)
 
 
 @lru_cache(maxsize=256)
 def keeps_place(where: Pattern, grid: Grid) -> bool:
-    """Whether a query sees the keys at its own place in some slices, and at no other place. `grid`: one slice."""
+    """Whether a query can see no key but at its own place in the slices. `grid`: one slice. Safe where it says no."""
     if where.heads is not None:
         return False
     two = grid.replace(**{grid.axes[0]: 2})
@@ -61,10 +81,8 @@ def keeps_place(where: Pattern, grid: Grid) -> bool:
     if reaches is None:
         return False
     for axis in grid.axes[1:]:
-        x, found = torch.arange(two.sizes[axis]), reaches.get(axis, [])
-        has_own = all(bool(((r.first <= x) & (x <= r.last) & ((x - r.first) % r.step == 0)).all()) for r in found)
-        only_own = two.sizes[axis] == 1 or any(bool((r.counts() == 1).all()) for r in found)
-        if not (has_own and only_own):
+        own, found = torch.arange(grid.sizes[axis]), reaches.get(axis, [])
+        if len(own) > 1 and not any(bool(((r.first == own) & (r.counts() == 1)).all()) for r in found):
             return False
     return True
 
@@ -101,11 +119,13 @@ def _dense(
     # The query heads that share a key head lie in the rows, so keys are read once; places count as heads.
     group = (key_heads, heads // key_heads, places)
     rows = q.reshape(batch, *group, -1, d).transpose(2, 3).reshape(batch, key_heads * places, -1, d)
-    if mask is not None:
+    if mask is not None and places == 1 and mask.ndim == 3:
+        mask = mask.repeat(1, group[1], 1)  # one for all key heads
+    elif mask is not None:
         mask = mask.expand(heads, *mask.shape[-3:])
         mask = mask.reshape(*group, *mask.shape[-2:]).transpose(1, 2).reshape(key_heads * places, -1, k.shape[3])
     attend = F.scaled_dot_product_attention if softcap is None else _Capped(softcap)
-    out = attend(rows, k.flatten(1, 2), v.flatten(1, 2), attn_mask=mask)
+    out = attend(rows, k.flatten(1, 2), v.flatten(1, 2), attn_mask=None if mask is None else mask[None])
     out = out.reshape(batch, key_heads, places, group[1], -1, d).transpose(2, 3).reshape(q.shape)
     return torch.where(sighted.flatten(-2)[..., None], out, 0.0) if blind else out
 
