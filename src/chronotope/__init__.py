@@ -8,11 +8,12 @@ Say where tokens are (a grid), who may look at whom (a pattern), and it is compu
 """
 
 from chronotope import nn
-from chronotope.attention import attention, backends
+from chronotope.attention import attention
 from chronotope.bias import Alibi, Bias, RelativeBias
 from chronotope.draw import draw
 from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.grid import Grid
+from chronotope.kernels import backends
 from chronotope.merge import merge
 from chronotope.patterns import (
     Pattern,

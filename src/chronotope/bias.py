@@ -92,7 +92,7 @@ class Alibi(Bias):
     slopes: Tensor
 
     def __init__(
-        self, heads: int, axes: tuple[str, ...] | None = None, slopes: Tensor | None = None, learned: bool = False
+        self, heads: int, axes: str | tuple[str, ...] | None = None, slopes: Tensor | None = None, learned: bool = False
     ):
         super().__init__()
         if slopes is None:

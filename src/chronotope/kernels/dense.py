@@ -140,9 +140,7 @@ def _logits(q: Block, k: Keys, scores: Scores, bias: Tensor | None) -> tuple[Ten
     return (logits if bias is None else logits + bias), bend
 
 
-def written(
-    q: Block, k: Keys, v: Values, scores: Scores, bias: Tensor | None, mask: Tensor | None
-) -> tuple[Out, Rows]:
+def written(q: Block, k: Keys, v: Values, scores: Scores, bias: Tensor | None, mask: Tensor | None) -> tuple[Out, Rows]:
     """(out, lse) with the scores written out: any head size, softcap, bias, dtype, device."""
     exact = torch.promote_types(q.dtype, torch.float32)
     logits, _ = _logits(q.to(exact), k.to(exact), scores, None if bias is None else bias.to(exact))

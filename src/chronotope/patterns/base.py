@@ -33,6 +33,8 @@ class Pattern(ABC):
 
     heads: int | None = None
     """Number of heads that this pattern tells apart; None: all heads are alike."""
+    costly: bool = False
+    """Whether `over` looks at pairs of tokens: then a plan tries one tile shape only."""
 
     def sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         """Whether each query sees each key; the coordinates broadcast against each other."""
@@ -84,6 +86,9 @@ class Pattern(ABC):
         """The pattern of one head."""
         return self
 
+    def __bool__(self) -> bool:
+        raise ChronotopeError(f"{self!r} is neither true nor false: join patterns by & | ~, and ask `is None`.")
+
     def __and__(self, other: Pattern) -> Pattern:
         return And.of(self, other)
 
@@ -114,6 +119,10 @@ class Joint(Pattern, ABC):
     @property
     def heads(self) -> int | None:  # type: ignore[override]
         return heads_of(self.parts)
+
+    @property
+    def costly(self) -> bool:  # type: ignore[override]
+        return any(part.costly for part in self.parts)
 
     def head(self, index: int) -> Pattern:
         return self if self.heads is None else type(self)(tuple(part.head(index) for part in self.parts))
@@ -194,6 +203,10 @@ class Not(Pattern):
     @property
     def heads(self) -> int | None:  # type: ignore[override]
         return self.part.heads
+
+    @property
+    def costly(self) -> bool:  # type: ignore[override]
+        return self.part.costly
 
     def head(self, index: int) -> Pattern:
         return Not(self.part.head(index))

@@ -20,7 +20,7 @@ from chronotope.patterns.base import Pattern, Verdict
 from chronotope.patterns.separable import require_axes, require_positive
 
 PAIRS_AT_ONCE = 1 << 22
-EXACT_BELOW = 1 << 20
+EXACT_BELOW = 1 << 16
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,17 +99,14 @@ class Graph(Pattern):
 
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         if not self._shared(q.grid, k.grid):
-            return torch.ones(joint_shape(q.place, k.place), dtype=torch.bool)
+            return torch.ones(joint_shape(q.place, k.place), dtype=torch.bool, device=q.place.device)
         table = _within(self, k.grid.sizes[self.axis]).to(q.place.device)
         return table[q.axes[self.axis], k.axes[self.axis]]
 
     def _over(self, q: Boxes, k: Boxes) -> Verdict:
         if not self._shared(q.grid, k.grid):
             return torch.ones(len(q), dtype=torch.bool), torch.ones(len(q), dtype=torch.bool)
-        n_query, n_key = q.grid.sizes[self.axis], k.grid.sizes[self.axis]
-        table = _within(self, n_key)[align(torch.arange(n_query), n_query, n_key)]
-        total = torch.zeros(n_query + 1, n_key + 1, dtype=torch.int64)
-        total[1:, 1:] = table.long().cumsum(0).cumsum(1)
+        total = _sums(self, q.grid.sizes[self.axis], k.grid.sizes[self.axis])
         a, b, c, d = q.lo[self.axis], q.hi[self.axis] + 1, k.lo[self.axis], k.hi[self.axis] + 1
         count = total[b, d] - total[a, d] - total[b, c] + total[a, c]
         return count > 0, count == (b - a) * (d - c)
@@ -139,22 +136,32 @@ def _within(graph: Graph, size: int) -> Bool[Tensor, "v v"]:
     return reached > 0
 
 
+@lru_cache(maxsize=8)
+def _sums(graph: Graph, n_query: int, n_key: int) -> Int64[Tensor, "query_and_one key_and_one"]:
+    """Number of visible pairs before each (query, key): four of these give the number in a box."""
+    table = _within(graph, n_key)[align(torch.arange(n_query), n_query, n_key)]
+    total = torch.zeros(n_query + 1, n_key + 1, dtype=torch.int64)
+    total[1:, 1:] = table.long().cumsum(0).cumsum(1)
+    return total
+
+
 @dataclass(frozen=True, repr=False)
 class Predicate(Pattern):
     """What a function of coordinates says."""
 
     fn: Callable[[Coords, Coords], Tensor]
 
+    costly = True
+
     def check(self, grid: Grid, key_grid: Grid) -> None:
         one = torch.zeros(1, 1, dtype=torch.int64)
-        answer = self._sees(Coords.of(grid, one + grid.prefix), Coords.of(key_grid, one + key_grid.prefix))
-        if answer.dtype != torch.bool:
-            raise ChronotopeError(f"{self!r} returned {answer.dtype}; expected a bool tensor, such as q.t >= k.t.")
+        self._sees(Coords.of(grid, one + grid.prefix), Coords.of(key_grid, one + key_grid.prefix))
 
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         answer = self.fn(q, k)
-        if not isinstance(answer, Tensor):
-            raise ChronotopeError(f"{self!r} returned {type(answer).__name__}; expected a bool tensor.")
+        if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
+            kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+            raise ChronotopeError(f"{self!r} returned {kind}; expected a bool tensor, such as q.t >= k.t.")
         return answer.expand(joint_shape(answer, q.place, k.place))
 
     def _over(self, q: Boxes, k: Boxes) -> Verdict:

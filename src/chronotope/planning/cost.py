@@ -29,6 +29,7 @@ VOLUMES = (32, 2048)  # tokens in a query tile, where the axes leave a choice
 KEY_VOLUME = 16  # least tokens in a key tile
 STEPS = 6  # rounds of descent
 REFINED = 3  # candidates that are tried with finer key tiles, where looking at all would be slow
+COSTLY = 128  # tokens in the tile of a pattern that would be slow to look into
 RUN = 512  # tokens in the run from which a descent starts
 
 Shape = tuple[int, ...]
@@ -52,6 +53,9 @@ def key_tile(grid: Grid, key_grid: Grid, tile: Shape) -> Shape:
 def choose(pattern: Pattern, grid: Grid, key_grid: Grid) -> list[Choice]:
     """The candidates that were looked at, in order of cost, cheapest first."""
     reaches = pattern.reaches(grid, key_grid)
+    if pattern.costly:
+        tile = _square(grid)
+        return [Choice(tile, key_tile(grid, key_grid, tile), math.nan)]
     sizes = [_sizes(reaches, grid, key_grid, axis) for axis in grid.axes]
     independent = reaches is not None and len(grid.axes) > 1
     keys_per_tile = _per_axis(reaches or {}, grid, key_grid) if independent else _sampled(pattern, grid, key_grid)
@@ -75,6 +79,16 @@ def choose(pattern: Pattern, grid: Grid, key_grid: Grid) -> list[Choice]:
     for tile, finer in itertools.product(_best(known, REFINED if reaches is None else None), (2, 4)):
         consider(tile, finer)
     return sorted(known.values(), key=lambda choice: choice.cost)
+
+
+def _square(grid: Grid) -> Shape:
+    """A tile of about the same size on every axis, of at most `COSTLY` tokens: what suits a pattern not looked into."""
+    tile = [1] * len(grid.axes)
+    while True:
+        axis = min((i for i, n in enumerate(grid.shape) if tile[i] < n), key=lambda i: tile[i], default=None)
+        if axis is None or math.prod(tile) // tile[axis] * min(2 * tile[axis], grid.shape[axis]) > COSTLY:
+            return tuple(tile)
+        tile[axis] = min(2 * tile[axis], grid.shape[axis])
 
 
 def _best(known: dict[tuple[Shape, int], Choice], count: int | None) -> list[Shape]:

@@ -12,10 +12,11 @@ MAP_SIZE = 24
 
 def summary(plan: Plan) -> str:
     """The line and the map that `repr` shows."""
+    gain = f"at most {plan.bound:.1f}x faster than dense" if plan.tile_density else "nothing to compute"
     keys = "" if plan.key_grid == plan.grid else f" -> {plan.key_grid!r}"
     return (
         f"Plan({plan.where!r} on {plan.grid!r}{keys})\n"
-        f"  density {plan.density:.4f}, in tiles {plan.tile_density:.4f}, at most {plan.bound:.1f}x faster than dense\n"
+        f"  density {plan.density:.4f}, in tiles {plan.tile_density:.4f}, {gain}\n"
         + "\n".join("  " + line for line in tile_map(plan))
     )
 
@@ -34,7 +35,9 @@ def explain(plan: Plan) -> str:
             f"key tiles {_shape(plan.key_grid.axes, tiles.k.tile)}: "
             f"{total - len(found.rows):,} pairs of tiles empty, {full:,} full, {len(found.rows) - full:,} partial"
         )
-        if part.choices:
+        if len(part.choices) == 1:
+            lines.append("  the only shape considered: the pattern leaves no choice, or is slow to look into")
+        elif part.choices:
             best = part.choices[0].cost
             lines.append("  chosen for the least estimated work; the next best, relative to it:")
             for choice in part.choices[1:4]:
