@@ -69,6 +69,16 @@ def test_menus_plan_on_any_video_grid(entry: Paper) -> None:
     law()
 
 
+@pytest.mark.parametrize("entry", named(MENU))
+def test_plans_of_menus_are_read_back_from_their_file(entry: Paper, tmp_path: Path) -> None:
+    assert entry.menu is not None
+    plan = ct.plan(entry.menu(ct.Grid(t=4, h=9, w=8)), ct.Grid(t=4, h=9, w=8))
+    plan.save(tmp_path / "plan.json")
+    again = ct.load_plan(tmp_path / "plan.json", grid=plan.grid)
+    assert again.where == plan.where
+    assert torch.equal(again.mask(), plan.mask())
+
+
 def test_registration_refuses_nonsense() -> None:
     with pytest.raises(ct.ChronotopeError, match="family 'patern' is none of pattern"):
         paper(system=-1, name="x", family="patern", claim="", evidence=["x"])

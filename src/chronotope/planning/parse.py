@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from chronotope import patterns
 from chronotope.errors import ChronotopeError
 from chronotope.patterns import Pattern
 
-WORDS: dict[str, Callable[..., Pattern]] = {
-    name: getattr(patterns, name)
-    for name in ("along", "blocks", "causal", "full", "graph", "nothing", "per_head", "segments", "sinks", "strided")
-} | {"window": patterns.window}
+PRIMITIVES = (
+    "along", "blocks", "causal", "full", "graph", "nothing", "per_head", "segments", "sinks", "strided", "window",
+)  # fmt: skip
+WORDS: dict[str, Callable[..., Pattern]] = {name: getattr(patterns, name) for name in PRIMITIVES}
+Word = TypeVar("Word", bound=Callable[..., Pattern])
+
+
+def word(make: Word) -> Word:
+    """Makes a page's pattern readable: its `repr` must be a call of `make` by name, with what text can say."""
+    if make.__name__ in WORDS:
+        raise ChronotopeError(f"the pattern {make.__name__!r} is known already: give it another name.")
+    WORDS[make.__name__] = make
+    return make
+
+
+def known_words() -> dict[str, Callable[..., Pattern]]:
+    """Every word, those of the pages too."""
+    # The one import upwards: a file names a pattern of a page, and whoever reads it need not know which page.
+    importlib.import_module("chronotope.papers").papers()
+    return WORDS
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -45,7 +62,7 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ChronotopeError:
 
 def _read(node: ast.expr, text: str) -> Any:
     match node:
-        case ast.Constant(value=bool() | int() | str() as value):
+        case ast.Constant(value=bool() | int() | float() | str() as value):
             return value
         case ast.List(elts=items):
             return [_read(item, text) for item in items]
@@ -55,7 +72,7 @@ def _read(node: ast.expr, text: str) -> Any:
             return {_read(k, text): _read(v, text) for k, v in zip(keys, values, strict=True) if k is not None}
         case ast.UnaryOp(op=ast.Invert(), operand=operand):
             return ~_pattern(operand, text)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as value)):
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
         case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
             return _pattern(left, text) & _pattern(right, text)
@@ -68,7 +85,7 @@ def _read(node: ast.expr, text: str) -> Any:
         case ast.Call(
             func=ast.Name(id=name) | ast.Attribute(value=ast.Name(id="ct"), attr=name), args=args, keywords=keywords
         ):
-            if name not in WORDS:
+            if name not in WORDS and name not in known_words():
                 raise unknown_name("pattern", name, list(WORDS))
             named = {keyword.arg: _read(keyword.value, text) for keyword in keywords if keyword.arg}
             try:

@@ -16,8 +16,10 @@ from chronotope.patterns import Pattern, per_head
 from chronotope.patterns.base import Verdict
 from chronotope.patterns.reach import Reach
 from chronotope.patterns.separable import Separable, conjunction, require_axes
+from chronotope.planning.parse import word
 
 
+@word
 @dataclass(frozen=True, repr=False)
 class Band(Separable):
     """-before <= key block - query block <= after."""
@@ -52,6 +54,7 @@ class Band(Separable):
         return f"Band({self.axis!r}, {self.block}, {self.before}, {self.after})"
 
 
+@word
 @dataclass(frozen=True, repr=False)
 class Shard(Pattern):
     """(key block + turn) mod stride = 0, whoever asks."""
