@@ -123,7 +123,7 @@ def test_patterns_that_have_no_text_cannot_be_saved(tmp_path: Path) -> None:
     [
         ("windwo(t=3)", "unknown pattern 'windwo': did you mean window?"),
         ("casual('t')", "did you mean causal"),
-        ("xyz()", "unknown pattern 'xyz': known are along, blocks, causal"),
+        ("xyz()", "unknown pattern 'xyz': known are along, band, blocks, causal"),
         ("window(t=3) &", "is not a pattern expression"),
         ("", "is not a pattern expression"),
         ("3", "is not a pattern"),

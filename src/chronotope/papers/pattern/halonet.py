@@ -80,7 +80,7 @@ class Halo(Separable):
 
 
 @word
-def haloed(block: dict[str, int], halo: dict[str, Sides]) -> Pattern:
+def haloed(block: dict[str, int], halo: dict[str, Sides]) -> Halo:
     """The pattern: blocks and halos by axis; a halo is one number, or (before, after), so (n, 0) looks back only."""
     spans = []
     for axis, size in block.items():

@@ -19,7 +19,6 @@ from chronotope.patterns.separable import Separable, conjunction, require_axes
 from chronotope.planning.parse import word
 
 
-@word
 @dataclass(frozen=True, repr=False)
 class Band(Separable):
     """-before <= key block - query block <= after."""
@@ -51,10 +50,9 @@ class Band(Separable):
         return (self.before + 1) * self.block - 1 if axis == self.axis else None
 
     def __repr__(self) -> str:
-        return f"Band({self.axis!r}, {self.block}, {self.before}, {self.after})"
+        return f"band({self.axis!r}, {self.block}, {self.before}, {self.after})"
 
 
-@word
 @dataclass(frozen=True, repr=False)
 class Shard(Pattern):
     """(key block + turn) mod stride = 0, whoever asks."""
@@ -85,7 +83,19 @@ class Shard(Pattern):
         return True, True
 
     def __repr__(self) -> str:
-        return f"Shard({self.axis!r}, {self.block}, {self.stride}, {self.turn})"
+        return f"shard({self.axis!r}, {self.block}, {self.stride}, {self.turn})"
+
+
+@word
+def band(axis: str, block: int, before: int, after: int) -> Pattern:
+    """Key blocks from `before` blocks before the query's block to `after` blocks after it."""
+    return Band(axis, block, before, after)
+
+
+@word
+def shard(axis: str, block: int, stride: int, turn: int) -> Pattern:
+    """Key blocks j with (j + turn) mod stride = 0, whoever asks."""
+    return Shard(axis, block, stride, turn)
 
 
 @dataclass(frozen=True, repr=False)
