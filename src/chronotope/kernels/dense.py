@@ -5,6 +5,8 @@ Blocks are [B, Hk, G, rows, D]: the query heads that share a key head lie in the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -81,7 +83,8 @@ class Piece:
 
 def _run(tokens: Tensor) -> bool:
     """Whether the tokens are consecutive: then a slice serves as well."""
-    return bool((tokens.flatten().diff() == 1).all())
+    flat = tokens.flatten()
+    return int(flat[-1] - flat[0]) == len(flat) - 1 and bool((flat.diff() == 1).all())
 
 
 def _take(x: Tensor, index: Tensor, run: bool) -> Tensor:
@@ -94,38 +97,48 @@ def fused(group: Group, q: Tensor, v: Tensor, scores: Scores) -> bool:
     return able and group.shape[1] * group.shape[2] > FUSED_FROM
 
 
-def additive(group: Group, q: Tensor, k: Tensor) -> Tensor | None:
-    """The group's mask as the fused kernel takes it: 0 or -inf, for the rows of the blocks."""
-    mask = group.mask
-    if mask is None:
-        return None
-    mask = mask.repeat(q.shape[1] // k.shape[1], 1)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.zeros(1, 1, *mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+@dataclass(frozen=True)
+class Additive:
+    """A group's mask as the fused kernel takes it, 0 or -inf for the rows of the blocks; and rows that see nothing."""
+
+    mask: Tensor | None
+    blind: Bool[Tensor, "rows"] | None
+
+    @classmethod
+    def of(cls, group: Group, q: Tensor, k: Tensor) -> Additive:
+        """The mask of a group, for the heads of q and k."""
+        mask = group.mask
+        if mask is None:
+            return cls(None, None)
+        mask = mask.repeat(q.shape[1] // k.shape[1], 1)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        added = torch.zeros(1, 1, *mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        sees = mask.any(1)
+        return cls(added, None if bool(sees.all()) else ~sees)
 
 
-def flash(q: Block, k: Keys, v: Values, scores: Scores, mask: Tensor | None) -> tuple[Out, Rows]:
+def flash(q: Block, k: Keys, v: Values, scores: Scores, mask: Additive) -> tuple[Out, Rows]:
     """(out, lse) by the kernel behind scaled_dot_product_attention, which keeps lse to itself."""
     exact = torch.promote_types(q.dtype, torch.float32)
     q4, k4, v4 = (x.to(exact).flatten(1, 2) for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q4, k4, v4, 0.0, False, attn_mask=mask, scale=scores.scale
+        q4, k4, v4, 0.0, False, attn_mask=mask.mask, scale=scores.scale
     )
-    if mask is not None:
+    if mask.blind is not None:
         # The kernel gives 0 for a row that sees nothing; the log of an empty sum is -inf.
-        lse = torch.where((mask == -torch.inf).all(-1), -torch.inf, lse)
+        lse = torch.where(mask.blind, -torch.inf, lse)
     return out.view(*q.shape[:-1], v.shape[-1]), lse.contiguous().view(q.shape[:-1])
 
 
 def flash_backward(
-    q: Block, k: Keys, v: Values, out: Out, lse: Rows, dout: Out, scores: Scores, mask: Tensor | None
+    q: Block, k: Keys, v: Values, out: Out, lse: Rows, dout: Out, scores: Scores, mask: Additive
 ) -> tuple[Block, Keys, Values]:
     """(dq, dk, dv) of one part: with out and lse of the whole attention its share of each gradient comes out."""
     exact = lse.dtype
     q4, k4, v4, o4, g4 = (x.to(exact).flatten(1, 2) for x in (q, k, v, out, dout))
     lse4 = torch.where(lse == -torch.inf, 0.0, lse).flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g4.contiguous(), q4, k4, v4, o4, lse4, 0.0, False, attn_mask=mask, scale=scores.scale
+        g4.contiguous(), q4, k4, v4, o4, lse4, 0.0, False, attn_mask=mask.mask, scale=scores.scale
     )
     return tuple(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chronotope.kernels import dense
 from chronotope.kernels.call import Backend, Scores
-from chronotope.kernels.dense import Piece
+from chronotope.kernels.dense import Additive, Piece
 from chronotope.planning import Group, Tiles
 
 GATHERED = 1 << 21  # numbers of k and v copied at once: they should stay in the cache
@@ -49,11 +49,11 @@ class Tiled(torch.autograd.Function):
         lse = torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
         for group in tiles.groups:
             fused = dense.fused(group, q, v, scores)
-            mask = dense.additive(group, q, k) if fused else None
+            mask = Additive.of(group, q, k) if fused else None
             for piece in pieces(group, q, k, v, fused):
                 x, y, z = piece.queries(q.detach(), k), piece.keys(k.detach()), piece.keys(v.detach())
                 bias = piece.bias(scores, parameters, tiles, k)
-                if fused:
+                if mask is not None:
                     part, part_lse = dense.flash(x, y, z, scores, mask)
                 else:
                     part, part_lse = dense.written(x, y, z, scores, bias, piece.mask(q, k))
@@ -111,11 +111,11 @@ class Backward:
         dparameters: list[Tensor | None] = [None] * len(self.parameters)
         for group in self.tiles.groups:
             fused = dense.fused(group, q, v, self.scores) and dlse is None and not self.differentiable
-            mask = dense.additive(group, q, k) if fused else None
+            mask = Additive.of(group, q, k) if fused else None
             for piece in pieces(group, q, k, v, fused):
                 x, g, y, z = piece.queries(q, k), piece.queries(dout, k), piece.keys(k), piece.keys(v)
                 lse_ = piece.queries(lse[..., None], k)[..., 0]
-                if fused:
+                if mask is not None:
                     dx, dy, dz = dense.flash_backward(x, y, z, piece.queries(out, k), lse_, g, self.scores, mask)
                 else:
                     with torch.set_grad_enabled(self.differentiable or any(self.wanted)):
