@@ -9,13 +9,13 @@ demo: $(STAMP)  ## The main job on built-in input: report in out/report.html
 	$(BIN)/chronotope compare
 
 test: $(STAMP)  ## The tests
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: $(STAMP)  ## Times and ratios, in one run
 	$(BIN)/python -m chronotope.bench
 
 evidence: $(STAMP)  ## The longer tests: trainings, timings, full counts of the laws
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow --durations=0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

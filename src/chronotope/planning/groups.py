@@ -69,20 +69,18 @@ class Group:
 def group(
     pattern: Pattern, q: Layout, k: Layout, rows: Tensor, cols: Tensor, kinds: Tensor | None, before: set[int]
 ) -> list[Group]:
-    """Groups the pairs (rows, cols), in order of rows: query tiles of one size with the same sequence of kinds.
+    """Groups the pairs (rows, cols), in order of rows: query tiles of one size whose keys are of the same kinds.
 
     `kinds`: equal numbers mean equal element masks and sizes; None: all pairs are full, only sizes matter. `before`:
     query tiles that have keys in other groups already.
     """
     if not len(rows):
         return []
-    if kinds is None:
-        kinds = k.sizes[cols]
-        # Without a mask the order of the keys is free; sorted by size, more tiles look alike.
-        order = torch.argsort(rows * (int(kinds.max()) + 1) - kinds, stable=True)
-        cols, kinds, masked = cols[order], kinds[order], False
-    else:
-        masked = True
+    masked = kinds is not None
+    kinds = k.sizes[cols] if kinds is None else kinds
+    # The order of the keys is free; sorted by kind, more tiles look alike.
+    order = torch.argsort(rows * (int(kinds.max()) + 1) + kinds, stable=True)
+    cols, kinds = cols[order], kinds[order]
     tiles, count = torch.unique_consecutive(rows, return_counts=True)
     ends = count.cumsum(0)
     starts, sizes, kind_list = (ends - count).tolist(), q.sizes.tolist(), kinds.tolist()

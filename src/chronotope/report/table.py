@@ -47,10 +47,10 @@ COLUMNS = [
     Column("mass", "mass", percent, "share of the dense attention mass on the pairs kept"),
     Column("density", "density", percent, "share of visible pairs"),
     Column("tile_density", "tile density", percent, "share of pairs computed"),
-    Column("bound", "bound", times, "1 / tile density: no kernel can be faster than dense by more"),
-    Column("forward_ms", "forward ms", three, "milliseconds of a forward pass"),
+    Column("bound", "bound", times, "tile density of dense / tile density: these tiles allow no larger speed"),
+    Column("forward_ms", "forward ms", three, "milliseconds of one attention call, forward"),
     Column("forward_speedup", "forward speed", times, "dense forward time / this"),
-    Column("train_ms", "train ms", three, "milliseconds of a training step"),
+    Column("train_ms", "train ms", three, "milliseconds of one attention call, forward and backward"),
     Column("train_speedup", "train speed", times, "dense training time / this"),
     Column("peak_mb", "peak MB", three, "peak memory in megabytes"),
 ]
