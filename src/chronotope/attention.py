@@ -144,7 +144,7 @@ def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid | None, q: Te
 def _choose(name: str, q: Tensor, v: Tensor, part: Part, scores: Scores) -> Backend:
     """The first backend by priority that can run the call, or the one named, or the error with all reasons."""
     if name != "auto" and name not in BACKENDS:
-        raise ChronotopeError(f"backend {name!r} is unknown; there are: auto, {', '.join(BACKENDS)}.")
+        raise UnsupportedError(f"backend {name!r} is unknown; there are: auto, {', '.join(BACKENDS)}.")
     asked = backends() if name == "auto" else [BACKENDS[name]]
     refusals = []
     for backend in asked:

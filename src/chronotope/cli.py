@@ -162,6 +162,7 @@ def papers(
     from chronotope.papers import papers as registered
     from chronotope.papers.registry import FAMILIES
     from chronotope.planning.parse import unknown_name
+    from chronotope.tasks.show import console
 
     if family is not None and family not in FAMILIES:
         raise unknown_name("family", family, list(FAMILIES))
@@ -169,12 +170,19 @@ def papers(
     if as_json:
         print(json.dumps([page.to_dict() for page in pages], indent=1, ensure_ascii=False))
         return
-    table = Table("system", "name", "family", "status", "claim", "evidence", title=f"{len(pages)} mechanisms")
+    table = Table(title=f"{len(pages)} mechanisms", title_justify="left", box=None, pad_edge=False)
+    for column, wraps in (
+        ("system", False),
+        ("name", False),
+        ("status", True),
+        ("what it does, and the evidence", True),
+    ):
+        table.add_column(column, no_wrap=not wraps, overflow="fold")
     for page in pages:
         status = page.status + (f": {page.missing}" if page.missing else "")
-        cells = (str(page.system), page.name, page.family, status, page.claim, "\n".join(page.evidence))
+        cells = (str(page.system), page.name, status, "\n".join([page.claim, *page.evidence]))
         table.add_row(*(Text(cell) for cell in cells))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 @app.command()

@@ -64,7 +64,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def alike(self, q: Boxes, k: Boxes) -> Int64[Tensor, "p"]:
-        """A number per box pair: pairs of equal box sizes and equal number have the same element mask."""
+        """A number per pair of boxes of two tilings: equal sizes and equal number mean the same element mask."""
 
     @abstractmethod
     def prefix_sees(self) -> tuple[bool, bool]:

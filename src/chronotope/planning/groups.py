@@ -84,16 +84,18 @@ def group(
     tiles, count = torch.unique_consecutive(rows, return_counts=True)
     ends = count.cumsum(0)
     starts, sizes, kind_list = (ends - count).tolist(), q.sizes.tolist(), kinds.tolist()
-    same: dict[tuple[int, ...], list[int]] = {}
+    same: dict[tuple[int, bool, tuple[int, ...]], list[int]] = {}
     for i, (tile, start, end) in enumerate(zip(tiles.tolist(), starts, ends.tolist(), strict=True)):
-        same.setdefault((sizes[tile], tile in before, *kind_list[start:end]), []).append(i)
-    elements = sum(
-        key[0] * int(k.sizes[cols[starts[m[0]] : starts[m[0]] + len(key) - 2]].sum()) for key, m in same.items()
-    )
+        same.setdefault((sizes[tile], tile in before, tuple(kind_list[start:end])), []).append(i)
+    listed = {key: cols[_spans(starts, members, len(key[2]))] for key, members in same.items()}
+    elements = sum(key[0] * int(k.sizes[tiles_of[0]].sum()) for key, tiles_of in listed.items())
     keep = elements <= max(MASKS_KEPT, MASKS_PER_TOKEN * max(q.grid.size, k.grid.size))
-    out = []
-    for key, members in same.items():
-        first = (ends - count)[torch.tensor(members)]
-        listed = cols[first[:, None] + torch.arange(len(key) - 2)]
-        out.append(Group(pattern, q, k, tiles[torch.tensor(members)], listed, masked, bool(key[1]), keep))
-    return out
+    return [
+        Group(pattern, q, k, tiles[torch.tensor(members)], listed[key], masked, key[1], keep)
+        for key, members in same.items()
+    ]
+
+
+def _spans(starts: list[int], members: list[int], length: int) -> Int64[Tensor, "m length"]:
+    """Indices of the `length` pairs of each member."""
+    return torch.tensor([starts[i] for i in members])[:, None] + torch.arange(length)
