@@ -91,7 +91,7 @@ def started(out, *more):
 @pytest.mark.slow
 def test_compare_goes_on_after_a_kill(tmp_path):
     """A training killed by SIGKILL and started again has the errors of one that was let alone."""
-    first = started(tmp_path / "cut", "--steps", "400")
+    first = started(tmp_path / "cut", "--steps", "400", "--minutes", "0.05")
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cut").glob("kept/*.ckpt")):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
@@ -101,7 +101,7 @@ def test_compare_goes_on_after_a_kill(tmp_path):
     assert first.returncode == -signal.SIGKILL and not (tmp_path / "cut" / "results.json").exists()
     results = []
     for folder in ("cut", "whole"):
-        process = started(tmp_path / folder, "--steps", "400")
+        process = started(tmp_path / folder, "--steps", "400", "--minutes", "0.05")
         told, errors = process.communicate(timeout=300)
         assert process.returncode == 0 and ("going on from step" in told) == (folder == "cut"), told + errors
         results.append(json.loads((tmp_path / folder / "results.json").read_text()))
