@@ -21,6 +21,7 @@ def check_scores(scale: Any, softcap: Any) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, planned: Plan) -> None:
+    """Raises unless shapes, dtypes and devices fit each other and the plan's grids."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ChronotopeError(f"{name} is a {type(x).__name__}; expected a tensor [B, heads, tokens, head size].")
@@ -52,6 +53,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, planned: Plan) -> None:
 
 
 def check_bias(bias: Tensor | Bias | None, q: Tensor, k: Tensor, planned: Plan) -> None:
+    """Raises unless the bias is None, fits [B, H, Nq, Nk], or scores places of the plan's grids for q's heads."""
     if bias is None:
         return
     if isinstance(bias, Bias):

@@ -27,16 +27,19 @@ def three(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """A share as a percentage."""
     return f"{three(100 * value)} %"
 
 
 def signed(value: float) -> str:
+    """A percentage with its sign."""
     if value == 0:
         return "0 %"
     return f"{value:+.2f} %" if abs(value) < 10 else f"{value:+.0f} %"
 
 
 def times(value: float) -> str:
+    """A factor."""
     return f"{three(value)}×"
 
 

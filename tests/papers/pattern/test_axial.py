@@ -60,15 +60,6 @@ def test_scores_of_a_row_and_a_column_layer_are_counted(n):
     assert ct.plan(None, grid).flops(head_dim=1) // 4 == n**4
 
 
-@pytest.fixture
-def one_thread():
-    """One thread, so that processor time, which other programs do not disturb, is the time of the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 def test_time_grows_slower_than_dense(one_thread):
     sizes, times = [16, 32, 64], {}

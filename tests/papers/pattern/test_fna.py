@@ -2,14 +2,12 @@
 
 import itertools
 import time
-import weakref
 
 import numpy as np
 import pytest
 import torch
+from _meter import Meter
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import chronotope as ct
 from chronotope.papers.pattern.fna import Stream, menu, neighborhood, neighborhood_attention
@@ -123,30 +121,6 @@ def test_extra_tokens_merge_as_one_softmax():
     assert (out - scaled_dot_product_attention(q, keys, values, attn_mask=mask)).abs().max() < 1e-5
 
 
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-
 def slope(sizes, values):
     return np.polyfit(np.log(sizes), np.log(values), 1)[0]
 
@@ -161,20 +135,11 @@ def test_peak_memory_is_linear():
         grid = ct.Grid(h=side, w=side)
         q, k, v = (x.detach() for x in tensors(grid, dim=32))
         ct.attention(q, k, v, grid=grid, where=neighborhood(WINDOW))  # plans are made once and kept
-        with PeakBytes() as memory:
+        with Meter() as memory:
             neighborhood_attention(q, k, v, grid=grid, window=WINDOW)
         peaks.append(memory.peak)
     assert peaks[-1] > 128 * 128 * 2 * 32 * 4
     assert slope([side**2 for side in SIDES], peaks) <= 1.2
-
-
-@pytest.fixture
-def one_thread():
-    """One thread, so that processor time, which other programs do not disturb, is the time of the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow

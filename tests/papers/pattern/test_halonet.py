@@ -1,13 +1,10 @@
 """HaloNet (system 66): windows of blocks, relative places, padding, downsampling, cost."""
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
+from _meter import Meter
 from torch.nn.functional import pad as pad_zeros
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import chronotope as ct
 from chronotope.papers.pattern.halonet import halo_attention, haloed, menu
@@ -92,32 +89,6 @@ def test_stride_subsamples_the_output(pad):
     assert (strided - expected).abs().max() <= 1e-6
 
 
-class Watch(TorchDispatchMode):
-    """The most bytes held at one time by tensors made inside, and the number of scores of fused attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = self.scores = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "scaled_dot_product" in func.name():
-            self.scores += args[0].shape[:-1].numel() * args[1].shape[-2]
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return out
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-
 def test_entries_are_exact_and_memory_is_linear():
     sides, peaks = [32, 64, 96], []
     for side in sides:
@@ -125,7 +96,7 @@ def test_entries_are_exact_and_memory_is_linear():
         q, k, v = tensors(grid)
         sizes = {"block": {"h": 8, "w": 8}, "halo": {"h": 3, "w": 3}, "pad": "zeros"}
         halo_attention(q, k, v, grid=grid, **sizes)
-        with Watch() as watch:
+        with Meter() as watch:
             halo_attention(q, k, v, grid=grid, **sizes)
         assert watch.scores == 2 * side * side * (8 + 2 * 3) ** 2
         peaks.append(watch.peak)

@@ -111,15 +111,6 @@ def test_rolled_groups_link_opposite_borders(groups):
     assert (reach[:2] > 0).all()
 
 
-@pytest.fixture
-def one_thread():
-    """One thread, so that processor time, which other programs do not disturb, is the time of the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 def test_cost_is_linear(one_thread):
     module = layer(32, kernel=5, padding=2, heads=4)
