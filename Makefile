@@ -14,7 +14,7 @@ test: $(STAMP)  ## The tests
 bench: $(STAMP)  ## Times and ratios, in one run
 	$(BIN)/python -m chronotope.bench
 
-evidence: $(STAMP)  ## The longer tests: trainings, timings, full counts of the laws
+evidence: $(STAMP)  ## The longer tests: trainings and timings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow --durations=0
 
 lint: $(STAMP)

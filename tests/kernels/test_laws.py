@@ -13,15 +13,14 @@ import oracle
 from attend import close, random_call
 from strategies import Case, cases
 
-AMOUNT = pytest.mark.parametrize("amount", [100, pytest.param(500, marks=pytest.mark.slow)])
+CASES = 500
 
 
-@AMOUNT
 @pytest.mark.parametrize("backend", ["torch"])
-def test_kernels_equal_the_reference(backend: str, amount: int, count_cases: Callable[[str, int], None]) -> None:
+def test_kernels_equal_the_reference(backend: str, count_cases: Callable[[str, int], None]) -> None:
     done = 0
 
-    @settings(max_examples=amount, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases(most=36, depth=2))
     def law(case: Case) -> None:
         nonlocal done
@@ -40,12 +39,11 @@ def test_kernels_equal_the_reference(backend: str, amount: int, count_cases: Cal
     count_cases(f"attention by {backend} against the reference, with every gradient", done)
 
 
-@AMOUNT
-def test_the_reference_is_the_formula(amount: int, count_cases: Callable[[str, int], None]) -> None:
+def test_the_reference_is_the_formula(count_cases: Callable[[str, int], None]) -> None:
     """softmax(softcap(scale * q k^T) + bias) v over the visible keys, one query at a time, with the oracle's mask."""
     done = 0
 
-    @settings(max_examples=amount // 5, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=CASES // 5, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases(most=12, depth=1))
     def law(case: Case) -> None:
         nonlocal done

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
@@ -14,7 +13,7 @@ from chronotope.boxes import identify
 from chronotope.patterns import And, Not, Or
 from strategies import Case, cases, random_boxes, random_layout, tokens_in
 
-AMOUNT = pytest.mark.parametrize("amount", [200, pytest.param(2000, marks=pytest.mark.slow)])
+CASES = 2000
 
 
 def primitive(pattern: ct.Pattern) -> bool:
@@ -32,11 +31,10 @@ def agree(some: torch.Tensor, every: torch.Tensor, any_seen: np.ndarray, all_see
     assert not (every & ~some).any()
 
 
-@AMOUNT
-def test_sees_and_over_agree(amount: int, count_cases: Callable[[str, int], None]) -> None:
+def test_sees_and_over_agree(count_cases: Callable[[str, int], None]) -> None:
     done = 0
 
-    @settings(max_examples=amount, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases(most=40))
     def law(case: Case) -> None:
         nonlocal done
