@@ -109,7 +109,7 @@ ANSWERS: list[tuple[Callable[[], object], str]] = [
     # Plans of something else.
     (lambda: attend(where=ct.plan(ct.full(), ct.Grid(n=13))), "the plan is for Grid(n=13) -> Grid(n=13), the call for Grid(t=3, h=4, prefix=1)"),
     (lambda: attend(where=ct.plan(ct.per_head([ct.full(), ct.causal()]), GRID)), "the plan is for 2 heads, q has 4"),
-    (lambda: ct.plan(ct.full(), ct.Grid(n=8001)).mask(), "Plan.mask() would hold 64,016,001 pairs of Grid(n=8001)"),
+    (lambda: ct.plan(ct.full(), ct.Grid(n=8193)).mask(), "Plan.mask() would hold 67,125,249 pairs of Grid(n=8193)"),
     # Backends.
     (lambda: attend(backend="natve"), "backend 'natve' is unknown; there are: auto"),
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from chronotope.planning.cost import Choice, choose, key_tile
 from chronotope.planning.layout import Layout
 from chronotope.planning.tiles import Tiles
 
-MASK_LIMIT = 64_000_000
+MASK_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True)
