@@ -16,6 +16,10 @@ O(H W (window^2 + ph pw) C); `pool=(H // s, W // s)`, given in `forward`, is the
     layer = FovealAttention(48, heads=2, pretrain=(14, 14), pool=(7, 7))
     layer(torch.randn(1, 196, 48), Grid(h=14, w=14)).shape  # [1, 196, 48]
 
+Larger images: trained on 32 x 32, tested on 64 x 64 with shapes of the same size in pixels and a pooled map that grows,
+accuracy holds where that of absolute places falls (the test; one seed). It does not hold everywhere: with shapes twice
+as large it fell to about 0.73, and the model with absolute places to 0.76; with one shape and a fixed pool, to 0.82.
+
 Left out: the CUDA kernels, the four-stage model with its overlapping patches, dropout; ImageNet, COCO, ADE20K.
 
 Paper: Shi, TransNeXt: Robust Foveal Visual Perception for Vision Transformers, 2023 (arXiv 2311.17132).
