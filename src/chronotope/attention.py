@@ -157,7 +157,7 @@ def _choose(name: str, q: Tensor, v: Tensor, part: Part, scores: Scores) -> Back
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the heads of one part; keys are repeated where the part's heads do not share them evenly."""
-    if len(part.heads) == q.shape[1] or len(part.heads) < 1:
+    if len(part.heads) == q.shape[1]:
         return q, k, v
     group = q.shape[1] // k.shape[1]
     own = [head // group for head in part.heads]

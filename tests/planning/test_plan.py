@@ -167,6 +167,14 @@ def test_what_a_plan_says_of_itself() -> None:
     assert plan.tile == {"t": 2, "h": 4}
 
 
+def test_a_window_on_a_larger_grid_has_no_more_masks() -> None:
+    kinds = []
+    for grid in (ct.Grid(t=12, h=32, w=32), ct.Grid(t=16, h=64, w=64)):
+        plan = ct.plan(ct.window(t=5, h=9, w=9), grid, tile={"t": 4, "h": 8, "w": 8})
+        kinds.append(len(plan.parts[0].tiles.partial_kinds[2].unique()))
+    assert kinds[0] == kinds[1] <= 27
+
+
 def test_masks_of_large_grids_are_refused() -> None:
     text = "67,108,864"
     grid = ct.Grid(n=8193)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from chronotope.machine import processor
+
 
 def paired(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, list[float]]:
     """Seconds of each run, measured in turn in every round, after one round of warming up."""
@@ -76,10 +78,5 @@ def peak() -> float:
 
 def machine(threads: int) -> str:
     """One line: processor, cores, threads, and versions."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].strip() if names else cpu
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{cpu}, {os.cpu_count()} cores, {threads} threads, {versions}"
+    return f"{processor()}, {os.cpu_count()} cores, {threads} threads, {versions}"

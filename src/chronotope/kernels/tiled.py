@@ -51,7 +51,7 @@ class Tiled(torch.autograd.Function):
             fused = dense.fused(group, q, v, scores)
             mask = Additive.of(group, q, k) if fused else None
             for piece in pieces(group, q, k, v, fused):
-                x, y, z = piece.queries(q.detach(), k), piece.keys(k.detach()), piece.keys(v.detach())
+                x, y, z = piece.queries(q, k), piece.keys(k), piece.keys(v)
                 bias = piece.bias(scores, parameters, tiles, k)
                 if mask is not None:
                     part, part_lse = dense.flash(x, y, z, scores, mask)

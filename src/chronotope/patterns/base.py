@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64
@@ -133,9 +131,6 @@ class Joint(Pattern, ABC):
     def check(self, grid: Grid, key_grid: Grid) -> None:
         for part in self.parts:
             part.check(grid, key_grid)
-
-    def _join(self, op: Callable[[Any, Any], Any], values: list[Any]) -> Any:
-        return reduce(op, values)
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,8 +2,9 @@
 
 A query token whose tile of `a` tokens lists `b` keys is taken to cost b * (1 + HALF_SPEED / a) * pace(a), in units of
 one pair computed in a large tile: the keys are copied for the tile, and the kernel behind
-scaled_dot_product_attention takes 32 query rows at a time below 192, 64 below 768, else 256. Fitted to 197 measured
-(pattern, tile) pairs of the torch kernel on a CPU (float32, head size 64, 2 threads); root mean square error 14 %.
+scaled_dot_product_attention takes 32 query rows at a time below 192, 64 below 768, else 256. The constants were fitted
+to times of the torch kernel on a CPU (float32, head size 64, 2 threads); `python -m chronotope.bench.tiles` prints how
+far they are off.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Layout:
             volume = (volume[:, None] * extent[None, :]).flatten()
         return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([prefix, volume]).cumsum(0)])
 
-    @property
+    @cached_property
     def sizes(self) -> Int64[Tensor, "tiles"]:
         """Number of tokens in each tile."""
         return self.start.diff()

@@ -27,6 +27,7 @@ from rich.console import Console
 import chronotope
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
+from chronotope.machine import processor
 from chronotope.models import Predictor
 from chronotope.patterns import Pattern
 from chronotope.report import save_results, write_report
@@ -191,7 +192,7 @@ def _learned(
 def _row(entry: Entry, recipe: Recipe, learned: dict[str, Any], dense: list[Any], layer: int) -> dict[str, Any]:
     """The numbers of a row: shares and times are means over the layers, memory is the most; q and k are dense."""
     grid, patterns = recipe.grid, entry.layers(recipe.layers)
-    full = Entry("", (chronotope.full(),), "").layers(1)[0]
+    full = chronotope.full() & chronotope.causal("t")
     masses = [measure.mass(q, k, grid, where, full) for (q, k), where in zip(dense, patterns, strict=True)]
     planned = measure.plans(patterns, grid, recipe.heads)
     baseline = chronotope.plan(full, grid, heads=recipe.heads)
@@ -315,19 +316,13 @@ def _within(rows: list[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     """What the times are of."""
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "cpu": (names or [platform.processor() or platform.machine()])[0],
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
     }
-
-
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text(errors="replace").splitlines() if file.exists() else []
 
 
 def _digest(model: Predictor) -> str:

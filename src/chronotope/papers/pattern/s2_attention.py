@@ -20,7 +20,7 @@ Example:
 Left out: the Triton kernels (Chronotope's own run the plan); which layers of the trained models are dense; shards at
 relative places for two-sided attention (here they are absolute there too); the published 25.3x, 6x and 10x. The pairs
 that a plan computes follow the density within 20%, as does the time of a plain loop over blocks; the time of the torch
-kernel on a CPU falls less (half the time of causal attention at a third of its pairs, 8192 tokens).
+kernel on a CPU falls less than its pairs do.
 
 Paper: Lin et al. 2024, "Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention
 Heads", arXiv 2407.17678.

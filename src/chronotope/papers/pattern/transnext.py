@@ -17,8 +17,8 @@ O(H W (window^2 + ph pw) C); `pool=(H // s, W // s)`, given in `forward`, is the
     layer(torch.randn(1, 196, 48), Grid(h=14, w=14)).shape  # [1, 196, 48]
 
 Larger images: trained on 32 x 32, tested on 64 x 64 with shapes of the same size in pixels and a pooled map that grows,
-accuracy holds where that of absolute places falls (the test; one seed). It does not hold everywhere: with shapes twice
-as large it fell to about 0.73, and the model with absolute places to 0.76; with one shape and a fixed pool, to 0.82.
+accuracy holds where that of absolute places falls (the test; one seed). It does not hold everywhere: in trials that are
+not kept it fell with shapes twice as large, more than that of absolute places, and with one shape and a fixed pool.
 
 Left out: the CUDA kernels, the four-stage model with its overlapping patches, dropout; ImageNet, COCO, ADE20K.
 
