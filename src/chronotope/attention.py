@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal, overload
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from chronotope.bias import Bias
-from chronotope.checks import check_bias, check_scores, check_tensors
+from chronotope.checks import check_bias, check_grids, check_scores, check_tensors
 from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.grid import Grid
-from chronotope.kernels import BACKENDS, Backend, Scores, backends
+from chronotope.kernels import BACKENDS, Backend, Call, Facts, Scores, backends, bias_tensors, run
 from chronotope.patterns import Pattern
 from chronotope.planning import Part, Plan, plan
 
@@ -98,20 +99,51 @@ def attention(
         >>> attention(q, k, v, grid=grid, where=window(t=3, h=5, w=5)).shape
         torch.Size([1, 2, 256, 16])
     """
-    planned = _plan(where, grid, key_grid, q)
+    key_grid = grid if key_grid is None else key_grid
     q, k, v = _autocast(q, k, v)
-    check_tensors(q, k, v, planned)
-    check_bias(bias, q, k, planned)
+    check_grids(grid, key_grid)
+    check_tensors(q, k, v, grid, key_grid)
+    check_bias(bias, q, k, grid, key_grid)
     check_scores(scale, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    results = []
+    softcap = None if softcap is None else float(softcap)
+    biases = bias if isinstance(bias, Bias) else None
+    # Plain values: a compiler that traces this function can hand them on.
+    facts = (q.device.type, q.dtype, q.shape[3], v.shape[3])
+    request = (where, grid, key_grid, q.shape[1], facts, (scale, softcap), bias is not None, biases, backend)
+    parts: Sequence[tuple[Heads, Call | str]]
+    if torch.compiler.is_compiling():
+        from chronotope.tracing import named_calls  # needs torch's compiler, which takes a second to import
+
+        parts = named_calls(*request)
+    else:
+        parts = calls(*request)
     with torch.autocast(q.device.type, enabled=False) if q.device.type in AUTOCAST else nullcontext():
-        for part in planned.parts:
-            scores = Scores(scale, None if softcap is None else float(softcap), bias, part.heads)
-            chosen = _choose(backend, q, v, part, scores)
-            results.append(chosen.run(*_heads(q, k, v, part), part.tiles, scores))
-    out, lse = results[0] if len(results) == 1 else _gather(results, planned)
+        results = [run(*_heads(q, k, v, heads), bias_tensors(bias), call) for heads, call in parts]
+    out, lse = results[0] if len(results) == 1 else _gather(results, [heads for heads, _ in parts])
     return (out, lse) if return_lse else out
+
+
+Heads = tuple[int, ...]
+
+
+def calls(
+    where: Pattern | Plan | None,
+    grid: Grid,
+    key_grid: Grid,
+    heads: int,
+    facts: tuple[str, torch.dtype, int, int],
+    scores: tuple[float, float | None],
+    biased: bool,
+    bias: Bias | None,
+    backend: str,
+) -> list[tuple[Heads, Call]]:
+    """The kernel, tiles and scores of each part of the plan, and its heads."""
+    out = []
+    for part in _plan(where, grid, key_grid, heads).parts:
+        own = Scores(*scores, bias, biased, (), part.heads)
+        out.append((part.heads, Call(_choose(backend, Facts(*facts), part, own), part.tiles, own)))
+    return out
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -124,13 +156,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid | None, q: Tensor) -> Plan:
-    heads = q.shape[1] if isinstance(q, Tensor) and q.ndim == 4 else 1
+def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid, heads: int) -> Plan:
     if not isinstance(where, Plan):
         return plan(where, grid, key_grid, heads=heads)
-    if where.grid != grid or where.key_grid != (key_grid or grid):
+    if where.grid != grid or where.key_grid != key_grid:
         raise ChronotopeError(
-            f"the plan is for {where.grid!r} -> {where.key_grid!r}, the call for {grid!r} -> {(key_grid or grid)!r}; "
+            f"the plan is for {where.grid!r} -> {where.key_grid!r}, the call for {grid!r} -> {key_grid!r}; "
             "make a plan for these grids."
         )
     if where.where.heads is not None and where.heads != heads:
@@ -141,31 +172,31 @@ def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid | None, q: Te
     return where
 
 
-def _choose(name: str, q: Tensor, v: Tensor, part: Part, scores: Scores) -> Backend:
+def _choose(name: str, facts: Facts, part: Part, scores: Scores) -> Backend:
     """The first backend by priority that can run the call, or the one named, or the error with all reasons."""
     if name != "auto" and name not in BACKENDS:
         raise UnsupportedError(f"backend {name!r} is unknown; there are: auto, {', '.join(BACKENDS)}.")
     asked = backends() if name == "auto" else [BACKENDS[name]]
     refusals = []
     for backend in asked:
-        reasons = backend.reasons(q, v, part.tiles, scores)
+        reasons = backend.reasons(facts, part.tiles, scores)
         if not reasons:
             return backend
         refusals.append(f"{backend.name}: {'; '.join(reasons)}")
     raise UnsupportedError(f"no backend can run this call (backend={name!r}):\n  " + "\n  ".join(refusals))
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of the heads of one part; keys are repeated where the part's heads do not share them evenly."""
-    if len(part.heads) == q.shape[1]:
+def _heads(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of some heads; keys are repeated where these heads do not share them evenly."""
+    if len(heads) == q.shape[1]:
         return q, k, v
     group = q.shape[1] // k.shape[1]
-    own = [head // group for head in part.heads]
-    return q[:, list(part.heads)], k[:, own], v[:, own]
+    own = [head // group for head in heads]
+    return q[:, list(heads)], k[:, own], v[:, own]
 
 
-def _gather(results: list[tuple[Tensor, Tensor]], planned: Plan) -> tuple[Tensor, Tensor]:
+def _gather(results: list[tuple[Tensor, Tensor]], heads: list[Heads]) -> tuple[Tensor, Tensor]:
     """The parts' heads back in order."""
-    order = [head for part in planned.parts for head in part.heads]
+    order = [head for some in heads for head in some]
     back = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat([out for out, _ in results], 1)[:, back], torch.cat([lse for _, lse in results], 1)[:, back]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chronotope.bias import Bias
 from chronotope.errors import ChronotopeError
-from chronotope.planning import Plan
+from chronotope.grid import Grid
 
 
 def check_scores(scale: Any, softcap: Any) -> None:
@@ -20,17 +20,24 @@ def check_scores(scale: Any, softcap: Any) -> None:
         raise ChronotopeError(f"softcap={softcap}: expected a positive number, or None.")
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, planned: Plan) -> None:
-    """Raises unless shapes, dtypes and devices fit each other and the plan's grids."""
+def check_grids(grid: Any, key_grid: Any) -> None:
+    """Raises unless both are grids."""
+    for name, given in (("grid", grid), ("key_grid", key_grid)):
+        if not isinstance(given, Grid):
+            raise ChronotopeError(f"{name}={given!r}: expected a Grid, such as Grid(t=8, h=32, w=32).")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, grid: Grid, key_grid: Grid) -> None:
+    """Raises unless shapes, dtypes and devices fit each other and the grids."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ChronotopeError(f"{name} is a {type(x).__name__}; expected a tensor [B, heads, tokens, head size].")
         if x.ndim != 4:
             raise ChronotopeError(f"{name} has shape {list(x.shape)}; expected [B, heads, tokens, head size].")
     for name, x, g, which in (
-        ("q", q, planned.grid, "grid"),
-        ("k", k, planned.key_grid, "key grid"),
-        ("v", v, planned.key_grid, "key grid"),
+        ("q", q, grid, "grid"),
+        ("k", k, key_grid, "key grid"),
+        ("v", v, key_grid, "key grid"),
     ):
         if x.shape[2] != g.size:
             raise ChronotopeError(
@@ -52,12 +59,12 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, planned: Plan) -> None:
         raise ChronotopeError(f"devices differ: q {q.device}, k {k.device}, v {v.device}; move them to one.")
 
 
-def check_bias(bias: Tensor | Bias | None, q: Tensor, k: Tensor, planned: Plan) -> None:
-    """Raises unless the bias is None, fits [B, H, Nq, Nk], or scores places of the plan's grids for q's heads."""
+def check_bias(bias: Tensor | Bias | None, q: Tensor, k: Tensor, grid: Grid, key_grid: Grid) -> None:
+    """Raises unless the bias is None, fits [B, H, Nq, Nk], or scores places of the grids for q's heads."""
     if bias is None:
         return
     if isinstance(bias, Bias):
-        bias.check(tuple(axis for axis in planned.grid.axes if axis in planned.key_grid.axes))
+        bias.check(tuple(axis for axis in grid.axes if axis in key_grid.axes))
         if bias.heads != q.shape[1]:
             raise ChronotopeError(f"{bias} is for {bias.heads} heads, q has {q.shape[1]}.")
         return

@@ -83,7 +83,9 @@ class Rope:
         """x rotated, in its own dtype. With a grid and coords, the coords are those of the tokens after the prefix."""
         exact = torch.promote_types(x.dtype, torch.float32)
         if coords is None and not offset and grid is not None:
-            table = _table_of(self, grid, x.shape[3], exact, x.device)
+            # A compiler cannot look into a cache; it keeps the table as a constant by itself.
+            made = _table if torch.compiler.is_compiling() else _kept_table
+            table = made(self, grid, x.shape[3], exact, x.device)
         else:
             table = self._table(self._places(x, grid, coords, offset), x.shape[3], exact)
         cos, sin = table
@@ -171,11 +173,17 @@ class Rope:
         return f"Rope(axes={self.axes!r}{base}{share})"
 
 
+def _table(rope: Rope, grid: Grid, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return rope._table(rope.coords(grid, device=device), head_dim, dtype)
+
+
 @lru_cache(maxsize=64)
-def _table_of(rope: Rope, grid: Grid, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _kept_table(
+    rope: Rope, grid: Grid, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     # A table made in inference mode could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        return rope._table(rope.coords(grid, device=device), head_dim, dtype)
+        return _table(rope, grid, head_dim, dtype, device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, prefix: int) -> Tensor:

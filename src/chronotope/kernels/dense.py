@@ -58,9 +58,9 @@ class Piece:
         mask = self.group.mask
         return None if mask is None else mask[self.rows].to(q.device).repeat(q.shape[1] // k.shape[1], 1)
 
-    def bias(self, scores: Scores, parameters: tuple[Tensor, ...], tiles: Tiles, k: Tensor) -> Tensor | None:
+    def bias(self, scores: Scores, tiles: Tiles, k: Tensor) -> Tensor | None:
         """The bias as blocks [B or 1, Hk, G, rows, keys]."""
-        values = scores.values(parameters, tiles, self.q_tokens.to(k.device), self.k_tokens.to(k.device))
+        values = scores.values(tiles, self.q_tokens.to(k.device), self.k_tokens.to(k.device))
         if values is None:
             return None
         values = values.expand(values.shape[0], len(scores.heads), *values.shape[2:])
@@ -93,7 +93,7 @@ def _take(x: Tensor, index: Tensor, run: bool) -> Tensor:
 
 def fused(group: Group, q: Tensor, v: Tensor, scores: Scores) -> bool:
     """Whether torch's fused CPU kernel computes this group. On small blocks it is slower than plain products."""
-    able = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and scores.softcap is None and scores.bias is None
+    able = q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and scores.softcap is None and not scores.biased
     return able and group.shape[1] * group.shape[2] > FUSED_FROM
 
 
@@ -175,7 +175,7 @@ def written_backward(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Block, Keys, Values, Tensor]:
-    """(dq, dk, dv, dbias) of one part, by the formulas of `tiled.Backward`."""
+    """(dq, dk, dv, dbias) of one part, by the formulas of `tiled.gradients`."""
     exact = lse.dtype
     q, k, v, dout = (x.to(exact) for x in (q, k, v, dout))
     logits, bend = _logits(q, k, scores, None if bias is None else bias.to(exact))

@@ -27,9 +27,8 @@ def row(backend: Backend) -> list[str]:
     """The cells of one backend, under `COLUMNS`."""
     b = backend
     flags = ["yes" if flag else "no" for flag in (b.lse, b.bias, b.softcap, b.grouped_heads, b.cross_grids)]
-    backward = "twice" if b.double_backward else "yes" if b.backward else "no"
     dtypes = ",".join(str(dtype).removeprefix("torch.") for dtype in b.dtypes)
-    return [b.name, ",".join(b.devices), dtypes, b.head_sizes, backward, *flags, b.tested_on, b.about]
+    return [b.name, ",".join(b.devices), dtypes, b.head_sizes, b.differentiable, *flags, b.tested_on, b.about]
 
 
 def backends() -> Backends:

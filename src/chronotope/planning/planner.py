@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from chronotope.checks import check_grids
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.patterns import Pattern, full
@@ -128,9 +129,7 @@ def plan(
     key_grid = grid if key_grid is None else key_grid
     if not isinstance(where, Pattern):
         raise ChronotopeError(f"where={where!r}: expected a pattern, such as ct.window(t=5) & ct.causal('t').")
-    for name, given in (("grid", grid), ("key_grid", key_grid)):
-        if not isinstance(given, Grid):
-            raise ChronotopeError(f"{name}={given!r}: expected a Grid, such as Grid(t=8, h=32, w=32).")
+    check_grids(grid, key_grid)
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ChronotopeError(f"heads={heads!r}: expected a number of heads of at least 1.")
     if where.heads is not None and heads not in (1, where.heads):
