@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from chronotope.errors import ChronotopeError
-from chronotope.grid import Coords
+from chronotope.grid import Coords, Grid
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A score that depends on key - query alone: table[h, i], i counting offsets row-major over the axes of `extent`.
+
+    i = sum over axes of (clamp(key - query, -reach, reach) + reach) * stride, the last axis having stride 1; queries
+    are aligned onto the key grid. A kernel can look this up by itself, whatever the bias object is.
+    """
+
+    extent: Mapping[str, int]
+    table: Float[Tensor, "heads entries"]
 
 
 class Bias(nn.Module):
@@ -28,6 +42,10 @@ class Bias(nn.Module):
     @abstractmethod
     def check(self, axes: tuple[str, ...]) -> None:
         """Raises ChronotopeError where the grid lacks an axis that the score depends on."""
+
+    def relative(self, state: Mapping[str, Tensor], grid: Grid, key_grid: Grid) -> list[Relative] | None:
+        """This bias as a sum of relative tables made from the named parameters and buffers; None: it is none."""
+        return None
 
     def forward(self, q: Coords, k: Coords) -> Float[Tensor, "heads ..."]:
         """Scores [heads, ...] of pairs of coordinates, 0 where one of them is a prefix token."""
@@ -73,6 +91,9 @@ class RelativeBias(Bias):
             index = index * (2 * reach + 1) + offset
         return self.table.index_select(1, index.flatten()).view(self.heads, *index.shape)
 
+    def relative(self, state: Mapping[str, Tensor], grid: Grid, key_grid: Grid) -> list[Relative]:
+        return [Relative(self.extent, state["table"])]
+
     def extra_repr(self) -> str:
         return f"{self.heads}, {', '.join(f'{axis}={reach}' for axis, reach in self.extent.items())}"
 
@@ -113,11 +134,22 @@ class Alibi(Bias):
             raise ChronotopeError(f"Alibi measures distance on {missing}, but the grid has the axes {list(axes)}.")
 
     def score(self, q: Coords, k: Coords) -> Float[Tensor, "heads ..."]:
-        shared = [axis for axis in self.axes or q.grid.axes if axis in q.axes and axis in k.axes]
+        shared = self._shared(q.grid, k.grid)
         distance = torch.zeros_like(q.place + k.place)
         for axis in shared:
             distance = distance + (k.axes[axis] - q.axes[axis]).abs()
         return -self.slopes.view(-1, *[1] * distance.ndim) * distance
+
+    def relative(self, state: Mapping[str, Tensor], grid: Grid, key_grid: Grid) -> list[Relative]:
+        slopes, out = state["slopes"], []
+        for axis in self._shared(grid, key_grid):
+            reach = key_grid.sizes[axis] - 1
+            distance = torch.arange(-reach, reach + 1, device=slopes.device).abs()
+            out.append(Relative({axis: reach}, -slopes[:, None] * distance))
+        return out
+
+    def _shared(self, grid: Grid, key_grid: Grid) -> list[str]:
+        return [axis for axis in self.axes or grid.axes if axis in grid.axes and axis in key_grid.axes]
 
     def extra_repr(self) -> str:
         return f"{self.heads}, axes={self.axes}"

@@ -133,9 +133,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     if dout is None and dlse is None:
         return None, None, None, [None] * len(tensors), None
     wanted = [bool(want) for want in ctx.needs_input_grad[3]] if tensors else []
-    dq, dk, dv, given = torch.ops.chronotope.attend_backward(
-        q, k, v, out, lse, dout, dlse, tensors, wanted, ctx.name
-    )
+    dq, dk, dv, given = torch.ops.chronotope.attend_backward(q, k, v, out, lse, dout, dlse, tensors, wanted, ctx.name)
     rest = iter(given)
     return dq, dk, dv, [next(rest) if want else None for want in wanted], None
 
@@ -143,7 +141,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *given, tensors, wanted, call = inputs
     ctx.set_materialize_grads(False)
-    ctx.call, ctx.wanted, ctx.has = _calls[call], wanted, [x is not None for x in given]
+    ctx.call, ctx.wanted, ctx.has = _calls[call], tuple(wanted), [x is not None for x in given]
     ctx.save_for_backward(*[x for x in given if x is not None], *tensors)
 
 
@@ -154,7 +152,7 @@ def _backward_twice(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     given = [next(left) if has else None for has in ctx.has]
     tensors = list(left)
     with torch.enable_grad():
-        known = Known(*given, tuple(ctx.wanted))  # type: ignore[arg-type]
+        known = Known(*given, wanted=ctx.wanted)  # type: ignore[arg-type, misc]
         dq, dk, dv, rest = gradients(known, ctx.call.tiles, ctx.call.scores.given(tuple(tensors)), differentiable=True)
         results = [dq, dk, dv, *_wanted(rest, tensors, ctx.wanted)]
         above = [*grads[:3], *(grads[3] or [None] * (len(results) - 3))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from chronotope.grid import Coords
 from chronotope.patterns import Pattern
 from chronotope.planning.groups import Group, group
 from chronotope.planning.layout import Layout
+from chronotope.planning.lists import Rows, by_key, by_query
 from chronotope.planning.search import Found, search
 
 PAIRS_AT_ONCE = 1 << 22
@@ -56,17 +58,41 @@ class Tiles:
         rows, cols, kinds = self.partial_kinds
         if not len(rows):
             return total
-        kind, inverse, count = torch.unique(kinds, return_inverse=True, return_counts=True)
-        member = torch.zeros_like(kind).scatter_(0, inverse, torch.arange(len(inverse)))
-        q, k = self.q.boxes(rows[member]), self.k.boxes(cols[member])
-        each = int(q.volume().max() * k.volume().max())
-        for part in chunks(len(member), each, PAIRS_AT_ONCE):
-            (x, real_x), (y, real_y) = q[part].tokens(), k[part].tokens()
-            n, width, depth = len(count[part]), x.place.shape[1], y.place.shape[1]
-            seen = self.pattern.sees(x.view(n, width, 1), y.view(n, 1, depth))
-            seen = seen & real_x[:, :, None] & real_y[:, None, :]
+        count = torch.bincount(kinds)
+        for part, seen in self.kind_masks():
             total += int((seen.flatten(1).sum(1) * count[part]).sum())
         return total
+
+    @cached_property
+    def kinds(self) -> tuple[Int64[Tensor, "kinds"], Int64[Tensor, "kinds"]]:
+        """A query tile and a key tile of each kind of partial pair."""
+        rows, cols, kinds = self.partial_kinds
+        member = torch.zeros(int(kinds.max()) + 1 if len(kinds) else 0, dtype=torch.int64)
+        member.scatter_(0, kinds, torch.arange(len(kinds)))
+        return rows[member], cols[member]
+
+    def kind_masks(self) -> Iterator[tuple[slice, Bool[Tensor, "n q_tokens k_tokens"]]]:
+        """The element masks of all kinds, some at a time, in the order of tokens in their tiles; False beyond a tile."""
+        rows, cols = self.kinds
+        if not len(rows):
+            return
+        q, k = self.q.boxes(rows), self.k.boxes(cols)
+        each = int(q.volume().max() * k.volume().max())
+        for part in chunks(len(rows), each, PAIRS_AT_ONCE):
+            (x, real_x), (y, real_y) = q[part].tokens(), k[part].tokens()
+            n, width, depth = *real_x.shape, real_y.shape[1]
+            seen = self.pattern.sees(x.view(n, width, 1), y.view(n, 1, depth))
+            yield part, seen & real_x[:, :, None] & real_y[:, None, :]
+
+    @cached_property
+    def by_query(self) -> Rows:
+        """The key tiles that each query tile meets."""
+        return by_query(self)
+
+    @cached_property
+    def by_key(self) -> Rows:
+        """The query tiles that each key tile meets."""
+        return by_key(self)
 
     def mask(self) -> Bool[Tensor, "n_query n_key"]:
         """The dense mask, in token order."""
