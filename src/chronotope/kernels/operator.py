@@ -1,13 +1,14 @@
 """Attention as one operator of torch, whichever kernel computes it.
 
-`torch.ops.chronotope.attend` is what autograd, torch.compile, checkpointing and export see. A call's plan and scores are
-no tensors: they reach the operator by name, and the name leads to a `Call`.
+`torch.ops.chronotope.attend` is what autograd, torch.compile, checkpointing and export see. A call's plan and scores
+are no tensors: they reach the operator by name, and the name leads to a `Call`.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def attend_backward(
     return dq, dk, dv, _wanted(rest, tensors, wanted)
 
 
-def _wanted(found: list[Tensor | None], tensors: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+def _wanted(found: list[Tensor | None], tensors: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
     """One gradient for each tensor that wants one; zero where no kernel met it."""
     pairs = zip(found, tensors, strict=True)
     some = [torch.zeros_like(x) if d is None else d for (d, x), want in zip(pairs, wanted, strict=True) if want]
@@ -100,7 +101,13 @@ def _by_autograd(backend: Backend) -> Any:
             return backend.forward(q, k, v, tiles, scores.given(tensors))
 
         # Not autograd itself, which is switched off inside an operator.
-        _, pull = torch.func.vjp(run, known.q, known.k, known.v, *scores.tensors)
+        _, pull = torch.func.vjp(
+            run,  # type: ignore[misc]
+            known.q,
+            known.k,
+            known.v,
+            *scores.tensors,
+        )
         zero = (torch.zeros_like(known.out), torch.zeros_like(known.lse))
         given = (d if d is not None else z for d, z in zip((known.dout, known.dlse), zero, strict=True))
         dq, dk, dv, *rest = pull(tuple(given))

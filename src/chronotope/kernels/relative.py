@@ -27,7 +27,7 @@ def pull(scores: Scores, tiles: Tiles, dtables: list[Tensor]) -> list[Tensor | N
     def tables(*tensors: Tensor) -> list[Tensor]:
         return [one.table for one in relative(scores.given(tensors), tiles)]
 
-    _, back = torch.func.vjp(tables, *scores.tensors)
+    _, back = torch.func.vjp(tables, *scores.tensors)  # type: ignore[misc]
     return list(back(dtables))
 
 

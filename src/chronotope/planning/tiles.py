@@ -55,7 +55,7 @@ class Tiles:
         """Exact number of visible token pairs: every distinct element mask is counted once."""
         full = self.found.full
         total = int((self.q.sizes[self.found.rows[full]] * self.k.sizes[self.found.cols[full]]).sum())
-        rows, cols, kinds = self.partial_kinds
+        rows, _, kinds = self.partial_kinds
         if not len(rows):
             return total
         count = torch.bincount(kinds)
@@ -72,7 +72,7 @@ class Tiles:
         return rows[member], cols[member]
 
     def kind_masks(self) -> Iterator[tuple[slice, Bool[Tensor, "n q_tokens k_tokens"]]]:
-        """The element masks of all kinds, some at a time, in the order of tokens in their tiles; False beyond a tile."""
+        """The element masks of all kinds, some at a time; tokens in their order in a tile, False beyond its end."""
         rows, cols = self.kinds
         if not len(rows):
             return
