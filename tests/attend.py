@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 import chronotope as ct
+from chronotope.kernels import BACKENDS
 from strategies import Case, random_tile
+
+
+def on_cpu(dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that run forward and backward here, in this dtype. (Triton's interpreter has tests of its own.)"""
+    able = [b for b in BACKENDS.values() if "cpu" in b.devices and dtype in b.dtypes and b.differentiable != "no"]
+    return [b.name for b in able if b.name != "triton"]
+
 
 BIASES = ("none", "tensor", "tensor", "relative", "alibi", "learned")
 
@@ -88,12 +96,15 @@ def random_bias(rng: np.random.Generator, numbers: Any, case: Case, batch: int, 
     else:
         axes = None if rng.random() < 0.5 or not shared else (str(rng.choice(shared)),)
         bias = ct.Alibi(heads, axes=axes, slopes=numbers(heads).detach(), learned=kind == "learned")
-    bias = bias.double()
+    bias = bias.to(numbers(1).dtype)
     return bias, list(bias.parameters())
 
 
+STEPS = {torch.float64: 2.0**16, torch.float32: 2.0**8}
+
+
 def close(found: Tensor, expected: Tensor) -> None:
-    """Equal up to rounding in float64: 2^16 rounding steps of the largest number, at least of 1."""
+    """Equal up to rounding: so many rounding steps of the largest number, at least of 1."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     finite = expected.isfinite()
@@ -101,4 +112,5 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found[~finite], expected[~finite])
     if finite.any():
         largest = max(1.0, float(expected[finite].abs().max()))
-        torch.testing.assert_close(found[finite], expected[finite], rtol=0, atol=2**16 * 2.0**-53 * largest)
+        step = torch.finfo(found.dtype).eps / 2
+        torch.testing.assert_close(found[finite], expected[finite], rtol=0, atol=STEPS[found.dtype] * step * largest)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Coords, Grid
+from chronotope.held import Held
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Bias(nn.Module):
     """
 
     heads: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Held(self)
+        """This module as a constant for torch.compile."""
 
     @abstractmethod
     def score(self, q: Coords, k: Coords) -> Float[Tensor, "heads ..."]:

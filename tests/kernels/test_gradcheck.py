@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import chronotope as ct
+from attend import on_cpu
 
 GRID = ct.Grid(t=2, h=2, prefix=1)
 KEYS = ct.Grid(t=3, h=1)
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
+BACKENDS = pytest.mark.parametrize("backend", on_cpu(torch.float64))
 
 
 def numbers(*shape: int) -> Tensor:

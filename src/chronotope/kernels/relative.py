@@ -23,6 +23,8 @@ def relative(scores: Scores, tiles: Tiles) -> list[Relative]:
 
 def pull(scores: Scores, tiles: Tiles, dtables: list[Tensor]) -> list[Tensor | None]:
     """The gradients of the tensors behind a bias object, given those of its tables."""
+    if not dtables:
+        return [None] * len(scores.tensors)
 
     def tables(*tensors: Tensor) -> list[Tensor]:
         return [one.table for one in relative(scores.given(tensors), tiles)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from chronotope.kernels.call import Backend
+from chronotope.kernels.native.kernel import NATIVE
 from chronotope.kernels.reference import REFERENCE
 from chronotope.kernels.tiled import TORCH
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TORCH)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TORCH, NATIVE)}
 COLUMNS = (
     "backend", "devices", "dtypes", "head sizes", "backward", "lse", "bias", "softcap", "grouped", "cross",
     "tested on", "what",
