@@ -3,6 +3,10 @@
 #include "schedule.h"
 #include "simd.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 using chronotope::STRIP;
 using chronotope::VEC;
 
@@ -26,4 +30,15 @@ void chronotope_masks(int64_t kinds, int64_t width, int64_t depth, const uint8_t
           *out++ = static_cast<uint16_t>(word);
         }
   });
+}
+
+void chronotope_advise(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // may be refused: no matter
+#else
+  (void)data, (void)bytes;
+#endif
 }

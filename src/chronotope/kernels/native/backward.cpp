@@ -190,7 +190,7 @@ void backward_local(const Problem& p) {
     const int64_t from = task % bundles * some, to = std::min(from + some, tiles), pair = task / bundles;
     const int64_t batch = pair / p.key_heads, key_head = pair % p.key_heads;
     w.tiles.list(p, from, to);
-    const int64_t count = static_cast<int64_t>(w.tiles.entries.size()), slots = count * VEC;
+    const int64_t count = static_cast<int64_t>(w.tiles.entries.size()), slots = count * VEC + some;
     const int64_t packed = widths.packed(slots), gradients = widths.gradients(slots);
     float* memory = w.keys.take(packed + gradients);
     const Keys keys = divide(p, memory, memory + packed, slots);
@@ -200,14 +200,15 @@ void backward_local(const Problem& p) {
     const auto& rows = w.tiles.key_runs(w.tiles.source, widths.key, keys.rows);
     gather(p.k, p.type, batch, key_head, rows.data(), to - from, p.depth, 1.0f, widths.key);
     w.looks.clear();
-    for (int64_t i = 0; i < count; ++i) {
-      const Look own = look(p, keys, i * VEC);
-      turn(own.dv, widths.value, p.value_depth, own.v);
-      turn(own.rows, widths.key, p.depth, own.k);
-      w.looks.push_back(own);
-    }
+    for (int64_t tile = 0; tile < to - from; ++tile)
+      for (int64_t i = w.tiles.first[tile]; i < w.tiles.first[tile + 1]; ++i) {
+        const Look own = look(p, keys, i * VEC + tile);
+        turn(own.dv, widths.value, p.value_depth, own.v);
+        turn(own.rows, widths.key, p.depth, own.k);
+        w.looks.push_back(own);
+      }
     std::fill(keys.dk, keys.dk + gradients, 0.0f);
-    const int64_t base = p.queries.first[from], length = p.queries.first[to] - base;
+    const int64_t length = p.queries.first[to] - p.queries.first[from] + some;
     float *q = w.q.take(length * widths.key), *dout = w.dout.take(length * widths.value);
     float* dq = w.dq.take(length * widths.row);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
@@ -220,10 +221,12 @@ void backward_local(const Problem& p) {
       bring(p.out, p.value_depth, 1.0f, widths.row, dq);
       for (int64_t tile = from; tile < to; ++tile) {
         const int64_t at = w.tiles.first[tile - from], first = p.queries.first[tile], end = p.queries.first[tile + 1];
-        for (int64_t slot = first; slot < end; slot += ROWS)
+        for (int64_t slot = first; slot < end; slot += ROWS) {
+          const int64_t row = w.tiles.query_row(p, from, tile - from) + slot - first;
           attend(p, batch, head, slot, slot - first, std::min(ROWS, end - slot), lane, w.tiles.entries.data() + at,
-                 w.looks.data() + at, w.tiles.first[tile - from + 1] - at, q + (slot - base) * widths.key,
-                 dout + (slot - base) * widths.value, dq + (slot - base) * widths.row, w);
+                 w.looks.data() + at, w.tiles.first[tile - from + 1] - at, q + row * widths.key,
+                 dout + row * widths.value, dq + row * widths.row, w);
+        }
       }
       const auto& results = w.tiles.query_runs(p, p.queries.token, from, widths.row, dq);
       scatter(p.dq, p.type, batch, head, results.data(), to - from, p.depth, static_cast<float>(p.scale), widths.row);

@@ -42,7 +42,7 @@ void absorb(const Problem& p, int64_t batch, int64_t head, const Strip& strip, c
             int count, float* memory) {
   const int64_t width = round_up(p.value_depth, VEC);
   const float *panels[BATCH], *values[BATCH];
-  float* cells[BATCH];
+  float* cells[BATCH] = {};
   int lanes[BATCH];
   for (int i = 0; i < count; ++i) {
     lanes[i] = looks.entries[chosen[i]].lanes;
@@ -127,29 +127,32 @@ void forward_local(const Problem& p) {
     const int64_t batch = pair / p.key_heads, key_head = pair % p.key_heads;
     w.tiles.list(p, from, to);
     const int64_t count = static_cast<int64_t>(w.tiles.entries.size());
-    float *rows = w.rows.take(count * VEC * key_width), *k = w.k.take(count * VEC * p.depth);
+    float *rows = w.rows.take((count * VEC + some) * key_width), *k = w.k.take(count * VEC * p.depth);
     const auto& keys = w.tiles.key_runs(w.tiles.source, key_width, rows);
     gather(p.k, p.type, batch, key_head, keys.data(), to - from, p.depth, 1.0f, key_width);
-    float* v = w.v.take(count * VEC * width);
+    float* v = w.v.take((count * VEC + some) * width);
     w.panels.resize(count), w.values.resize(count);
-    for (int64_t i = 0; i < count; ++i) {
-      turn(rows + i * VEC * key_width, key_width, p.depth, k + i * VEC * p.depth);
-      w.panels[i] = k + i * VEC * p.depth, w.values[i] = v + i * VEC * width;
-    }
+    for (int64_t tile = 0; tile < to - from; ++tile)
+      for (int64_t i = w.tiles.first[tile]; i < w.tiles.first[tile + 1]; ++i) {
+        turn(rows + (i * VEC + tile) * key_width, key_width, p.depth, k + i * VEC * p.depth);
+        w.panels[i] = k + i * VEC * p.depth, w.values[i] = v + (i * VEC + tile) * width;
+      }
     const auto& values = w.tiles.key_runs(w.tiles.source, width, v);
     gather(p.v, p.type, batch, key_head, values.data(), to - from, p.value_depth, 1.0f, width);
-    const int64_t base = p.queries.first[from], slots = p.queries.first[to] - base;
-    float *q = w.q.take(slots * p.depth), *out = w.out.take(slots * width);
+    const int64_t slots = p.queries.first[to] - p.queries.first[from];
+    float *q = w.q.take((slots + some) * p.depth), *out = w.out.take((slots + some) * width);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       const auto& queries = w.tiles.query_runs(p, p.queries.source, from, p.depth, q);
       gather(p.q, p.type, batch, head, queries.data(), to - from, p.depth, static_cast<float>(p.scale), p.depth);
       for (int64_t tile = from; tile < to; ++tile) {
-        const int64_t at = w.tiles.first[tile - from], first = p.queries.first[tile];
+        const int64_t at = w.tiles.first[tile - from], first = p.queries.first[tile], end = p.queries.first[tile + 1];
         const Looks looks{w.tiles.entries.data() + at, w.panels.data() + at, w.values.data() + at,
                           w.tiles.first[tile - from + 1] - at};
-        for (int64_t slot = first; slot < p.queries.first[tile + 1]; slot += ROWS)
-          attend(p, batch, head, slot, slot - first, std::min(ROWS, p.queries.first[tile + 1] - slot), looks,
-                 q + (slot - base) * p.depth, out + (slot - base) * width, w);
+        for (int64_t slot = first; slot < end; slot += ROWS) {
+          const int64_t row = w.tiles.query_row(p, from, tile - from) + slot - first;
+          attend(p, batch, head, slot, slot - first, std::min(ROWS, end - slot), looks, q + row * p.depth,
+                 out + row * width, w);
+        }
       }
       const auto& results = w.tiles.query_runs(p, p.queries.token, from, width, out);
       scatter(p.out, p.type, batch, head, results.data(), to - from, p.value_depth, 1.0f, width);

@@ -26,6 +26,7 @@ from chronotope.kernels.relative import only_relative, pull, relative
 from chronotope.planning import Tiles
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGE = 1 << 24
 
 _tables: weakref.WeakKeyDictionary[Tiles, Tables] = weakref.WeakKeyDictionary()
 
@@ -131,6 +132,15 @@ class Request:
             raise ChronotopeError("the native kernel could not get the memory that it works in; use a smaller batch.")
 
 
+def room(x: Tensor, size: int) -> Tensor:
+    """Memory for a result like x. Where it is so large that it comes fresh from the system, page by page, a page fault
+    for every 4 kB would take longer than temporal attention itself."""
+    out = blank(x, size, x.dtype)
+    if out.nbytes >= LARGE:
+        build.library().chronotope_advise(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+    return out
+
+
 def forward(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
@@ -139,7 +149,7 @@ def forward(
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """Attention over the tiles of a plan: (out, lse). The meaning is `kernels.reference`."""
-    out = blank(q, v.shape[3], q.dtype)
+    out = room(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     Request(q, k, v, out, lse, tiles, scores).run("chronotope_forward")
     return out, lse
@@ -151,7 +161,7 @@ def backward(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
     request = Request(q, k, v, known.out, known.lse, tiles, scores)
     problem = request.problem
     dout = torch.zeros_like(known.out) if known.dout is None else known.dout.to(q.dtype)
-    grads = [blank(x, x.shape[3], x.dtype) for x in (q, k, v)]
+    grads = [room(x, x.shape[3]) for x in (q, k, v)]
     if not request.tables.covers_keys:
         for grad in grads[1:]:
             grad.zero_()

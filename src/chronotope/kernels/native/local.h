@@ -12,7 +12,15 @@ struct Neighbours {
   std::vector<int32_t> source, token;  // of the keys of all entries, panel by panel
   std::vector<Run> keys, queries;
 
+  int64_t tiles() const { return static_cast<int64_t>(first.size()) - 1; }
   int64_t slots(int64_t i) const { return (first[i + 1] - first[i]) * VEC; }
+
+  // Rows of tile i begin one row later for each tile before it: tiles of a power of two would otherwise meet in the same
+  // sets of the cache.
+  int64_t key_row(int64_t i) const { return first[i] * VEC + i; }
+  int64_t query_row(const Problem& p, int64_t from, int64_t i) const {
+    return p.queries.first[from + i] - p.queries.first[from] + i;
+  }
 
   void list(const Problem& p, int64_t from, int64_t to) {
     entries.clear(), source.clear(), token.clear();
@@ -30,9 +38,9 @@ struct Neighbours {
   // The keys of each tile as rows of `width` numbers from `memory` on; the padding at the end of a tile is left out.
   const std::vector<Run>& key_runs(const std::vector<int32_t>& tokens, int64_t width, float* memory) {
     keys.clear();
-    for (size_t i = 0; i + 1 < first.size(); ++i) {
+    for (int64_t i = 0; i < tiles(); ++i) {
       const int64_t padding = first[i] < first[i + 1] ? VEC - entries[first[i + 1] - 1].lanes : 0;
-      keys.push_back({tokens.data() + first[i] * VEC, slots(i) - padding, memory + first[i] * VEC * width});
+      keys.push_back({tokens.data() + first[i] * VEC, slots(i) - padding, memory + key_row(i) * width});
     }
     return keys;
   }
@@ -41,10 +49,9 @@ struct Neighbours {
   const std::vector<Run>& query_runs(const Problem& p, const int32_t* tokens, int64_t from, int64_t width,
                                      float* memory) {
     queries.clear();
-    const int64_t base = p.queries.first[from];
-    for (size_t i = 0; i + 1 < first.size(); ++i) {
+    for (int64_t i = 0; i < tiles(); ++i) {
       const int64_t start = p.queries.first[from + i], end = p.queries.first[from + i + 1];
-      queries.push_back({tokens + start, end - start, memory + (start - base) * width});
+      queries.push_back({tokens + start, end - start, memory + query_row(p, from, i) * width});
     }
     return queries;
   }
