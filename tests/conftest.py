@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from chronotope.kernels import BACKENDS
+from chronotope.kernels.native import calibrate
+from chronotope.planning import costs
+
 LAW = "law: "
 
 
@@ -27,6 +31,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 totals[name.removeprefix(LAW)] += value
     for law, count in sorted(totals.items()):
         terminalreporter.write_line(f"laws: {count:,} cases of {law}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def built_in_costs() -> Iterator[None]:
+    """Tiles are chosen by the costs that are built in: a busy machine that runs tests is no place to measure them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "measured_path", lambda: None)
+        patch.setattr(calibrate, "measured_path", lambda: None)
+        yield
+
+
+@pytest.fixture
+def torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel made of torch's operators runs, whose work can be watched from outside."""
+    monkeypatch.delitem(BACKENDS, "native")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""What times are of."""
+"""What times are of, and where they are kept."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -10,3 +11,15 @@ def processor() -> str:
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0]
+
+
+def cache() -> Path | None:
+    """The user's folder for what can be made again: CHRONOTOPE_CACHE, else by XDG_CACHE_HOME; None without a home."""
+    if chosen := os.environ.get("CHRONOTOPE_CACHE"):
+        return Path(chosen).absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).absolute() / "chronotope"
+    try:
+        return Path.home() / ".cache" / "chronotope"
+    except RuntimeError:
+        return None

@@ -163,7 +163,7 @@ def test_what_a_plan_says_of_itself() -> None:
     text = plan.explain()
     assert "query tiles t 2 x h 4" in text
     assert "as given by the caller" in text
-    assert "chosen for the least estimated work" in ct.plan(ct.window(t=3), ct.Grid(t=64, h=8)).explain()
+    assert "chosen for the least estimated time" in ct.plan(ct.window(t=3), ct.Grid(t=64, h=8)).explain()
     assert plan.tile == {"t": 2, "h": 4}
 
 

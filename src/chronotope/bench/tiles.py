@@ -17,6 +17,7 @@ from chronotope.bench.referee import machine
 from chronotope.kernels import BACKENDS, Scores
 from chronotope.planning import Layout, Tiles
 from chronotope.planning.cost import Choice, choose
+from chronotope.planning.costs import costs
 
 THREADS, SHAPES, ROUNDS = 2, 12, 3
 VIDEO, PICTURE, TEXT = ct.Grid(t=8, h=32, w=32), ct.Grid(h=96, w=96), ct.Grid(n=8192)
@@ -49,7 +50,7 @@ def main() -> None:
     print(machine(THREADS))
     apart = []
     for pattern, grid in CASES:
-        choices = choose(pattern, grid, grid)
+        choices = choose(pattern, grid, grid, costs())
         shown = choices[:: max(1, len(choices) // SHAPES)]
         times = [seconds(pattern, grid, choice) for choice in shown]
         apart += [math.log(spent / (choice.cost * grid.size)) for spent, choice in zip(times, shown, strict=True)]

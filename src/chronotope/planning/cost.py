@@ -1,11 +1,4 @@
-"""Which tile shape to take: the candidate whose estimated work is least.
-
-A query token whose tile of `a` tokens lists `b` keys is taken to cost b * (1 + HALF_SPEED / a) * pace(a), in units of
-one pair computed in a large tile: the keys are copied for the tile, and the kernel behind
-scaled_dot_product_attention takes 32 query rows at a time below 192, 64 below 768, else 256. The constants were fitted
-to times of the torch kernel on a CPU (float32, head size 64, 2 threads); `python -m chronotope.bench.tiles` prints how
-far they are off.
-"""
+"""Which tile shape to take: the candidate whose estimated work is least. `costs` has the estimate."""
 
 from __future__ import annotations
 
@@ -13,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -20,11 +14,11 @@ from chronotope.grid import Grid
 from chronotope.patterns import Pattern
 from chronotope.patterns.base import Reaches
 from chronotope.patterns.reach import Reach
+from chronotope.planning.costs import TORCH, Costs, Shape
 from chronotope.planning.layout import Layout
 from chronotope.planning.search import Blocks, search
 
-HALF_SPEED = 48.0  # a query tile of this many tokens runs at half speed
-PACE = ((768, 0.9), (192, 1.0), (0, 1.23))  # from this many query tokens on, time of one pair
+ALIKE = 1.1  # estimates err by about so much: among equals a kernel that computes whole tiles decides
 SAMPLES = 16  # query tiles that stand for all, where looking at all would be slow
 VOLUMES = (32, 2048)  # tokens in a query tile, where the axes leave a choice
 KEY_VOLUME = 16  # least tokens in a key tile
@@ -33,16 +27,15 @@ REFINED = 6  # candidates that are tried with finer key tiles, where looking at 
 COSTLY = 128  # tokens in the tile of a pattern that would be slow to look into
 RUN = 512  # tokens in the run from which a descent starts
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate and its estimated cost per query token."""
+    """A candidate, and its estimated cost per query token: here, and for a kernel that computes whole tiles."""
 
     q_tile: Shape
     k_tile: Shape
     cost: float
+    whole: float
 
 
 def key_tile(grid: Grid, key_grid: Grid, tile: Shape) -> Shape:
@@ -51,12 +44,12 @@ def key_tile(grid: Grid, key_grid: Grid, tile: Shape) -> Shape:
     return tuple(max(1, min(n, round(n * shares.get(axis, 1)))) for axis, n in key_grid.sizes.items())
 
 
-def choose(pattern: Pattern, grid: Grid, key_grid: Grid) -> list[Choice]:
-    """The candidates that were looked at, in order of cost, cheapest first."""
+def choose(pattern: Pattern, grid: Grid, key_grid: Grid, costs: Costs) -> list[Choice]:
+    """The candidates that were looked at: the one to take, then the others in order of cost."""
     reaches = pattern.reaches(grid, key_grid)
     if pattern.costly:
         tile = _square(grid)
-        return [Choice(tile, key_tile(grid, key_grid, tile), math.nan)]
+        return [Choice(tile, key_tile(grid, key_grid, tile), math.nan, math.nan)]
     sizes = [_sizes(reaches, grid, key_grid, axis) for axis in grid.axes]
     independent = reaches is not None and len(grid.axes) > 1
     keys_per_tile = _per_axis(reaches or {}, grid, key_grid) if independent else _sampled(pattern, grid, key_grid)
@@ -67,7 +60,8 @@ def choose(pattern: Pattern, grid: Grid, key_grid: Grid) -> list[Choice]:
         worth = finer == 1 or (small != tile and math.prod(small) >= KEY_VOLUME)
         if worth and (tile, finer) not in known:
             k_tile = key_tile(grid, key_grid, small)
-            known[tile, finer] = Choice(tile, k_tile, _cost(tile, keys_per_tile(tile, k_tile)))
+            cost, whole = (kernel.of(tile, k_tile, keys_per_tile) for kernel in (costs, TORCH))
+            known[tile, finer] = Choice(tile, k_tile, cost, whole)
         return known[tile, finer].cost if (tile, finer) in known else math.inf
 
     if reaches is None:
@@ -79,7 +73,10 @@ def choose(pattern: Pattern, grid: Grid, key_grid: Grid) -> list[Choice]:
                 consider(tile)
     for tile, finer in itertools.product(_best(known, REFINED if reaches is None else None), (2, 4)):
         consider(tile, finer)
-    return sorted(known.values(), key=lambda choice: choice.cost)
+    in_order = sorted(known.values(), key=lambda choice: choice.cost)
+    alike = [choice for choice in in_order if choice.cost <= ALIKE * in_order[0].cost]
+    best = min(alike, key=lambda choice: choice.whole)
+    return [best, *(choice for choice in in_order if choice is not best)]
 
 
 def _square(grid: Grid) -> Shape:
@@ -105,11 +102,6 @@ def _starts(sizes: list[list[int]]) -> list[list[int]]:
                 volume = volume // sizes[axis][run[axis]] * size
                 run[axis] = i
     return [[len(choices) // 2 for choices in sizes], run]
-
-
-def _cost(tile: Shape, keys: float) -> float:
-    volume = math.prod(tile)
-    return keys * (1 + HALF_SPEED / volume) * next(pace for least, pace in PACE if volume >= least)
 
 
 def _sensible(tile: Shape, sizes: list[list[int]]) -> bool:
@@ -196,6 +188,7 @@ def _per_axis(reaches: Reaches, grid: Grid, key_grid: Grid) -> Callable[[Shape, 
 def _sampled(pattern: Pattern, grid: Grid, key_grid: Grid) -> Callable[[Shape, Shape], float]:
     """Mean number of keys listed by a query tile: from a few query tiles spread over the grid."""
 
+    @cache
     def keys(tile: Shape, k_tile: Shape) -> float:
         q, k = Layout(grid, tile), Layout(key_grid, k_tile)
         count = math.prod(q.counts)

@@ -17,6 +17,7 @@ from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.patterns import Pattern, full
 from chronotope.planning.cost import Choice, choose, key_tile
+from chronotope.planning.costs import Costs, costs
 from chronotope.planning.layout import Layout
 from chronotope.planning.tiles import Tiles
 
@@ -25,11 +26,12 @@ MASK_LIMIT = 1 << 26
 
 @dataclass(frozen=True)
 class Part:
-    """Heads that share one pattern, and its tiles."""
+    """Heads that share one pattern, its tiles, and the candidates among which `costs` decided."""
 
     heads: tuple[int, ...]
     tiles: Tiles
     choices: tuple[Choice, ...] = field(compare=False)
+    costs: Costs | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def plan(
             f"{where!r} is for {where.heads} heads, but there are {heads}: give one pattern for each query head."
         )
     where.check(grid, key_grid)
-    return _plan(where, grid, key_grid, where.heads or heads, _shape(tile, grid))
+    return _plan(where, grid, key_grid, where.heads or heads, _shape(tile, grid), costs())
 
 
 def _shape(tile: Mapping[str, int] | None, grid: Grid) -> tuple[int, ...] | None:
@@ -155,23 +157,25 @@ def _shape(tile: Mapping[str, int] | None, grid: Grid) -> tuple[int, ...] | None
 
 
 @lru_cache(maxsize=64)
-def _plan(where: Pattern, grid: Grid, key_grid: Grid, heads: int, tile: tuple[int, ...] | None) -> Plan:
+def _plan(where: Pattern, grid: Grid, key_grid: Grid, heads: int, tile: tuple[int, ...] | None, costs: Costs) -> Plan:
     by_pattern: dict[Pattern, list[int]] = {}
     for head in range(heads):
         by_pattern.setdefault(where.head(head), []).append(head)
-    parts = tuple(_part(pattern, members, grid, key_grid, tile) for pattern, members in by_pattern.items())
+    parts = tuple(_part(pattern, members, grid, key_grid, tile, costs) for pattern, members in by_pattern.items())
     return Plan(where, grid, key_grid, heads, parts)
 
 
-def _part(pattern: Pattern, heads: list[int], grid: Grid, key_grid: Grid, tile: tuple[int, ...] | None) -> Part:
+def _part(
+    pattern: Pattern, heads: list[int], grid: Grid, key_grid: Grid, tile: tuple[int, ...] | None, costs: Costs
+) -> Part:
     if tile is None:
-        choices = tuple(choose(pattern, grid, key_grid))
+        choices = tuple(choose(pattern, grid, key_grid, costs))
         q_tile, k_tile = choices[0].q_tile, choices[0].k_tile
     else:
         choices, q_tile, k_tile = (), tile, key_tile(grid, key_grid, tile)
     tiles = Tiles(pattern, Layout(grid, q_tile), Layout(key_grid, k_tile))
     _ = tiles.found
-    return Part(tuple(heads), tiles, choices)
+    return Part(tuple(heads), tiles, choices, costs)
 
 
 def _visible(tiles: Tiles) -> int:

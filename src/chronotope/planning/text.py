@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from chronotope.planning.costs import Costs
 from chronotope.planning.planner import Plan
 
 SHADES = " ░▒▓█"
@@ -39,12 +40,14 @@ def explain(plan: Plan) -> str:
             lines.append("  the only shape considered: the pattern leaves no choice, or is slow to look into")
         elif part.choices:
             best = part.choices[0].cost
-            lines.append("  chosen for the least estimated work; the next best, relative to it:")
+            lines.append("  chosen for the least estimated time; others, relative to it:")
             for choice in part.choices[1:4]:
                 tile = _shape(plan.grid.axes, choice.q_tile)
                 lines.append(
                     f"    {tile} with keys {_shape(plan.key_grid.axes, choice.k_tile)}: {choice.cost / best:.2f}"
                 )
+            if part.costs is not None:
+                lines.append(f"  {_costs(part.costs)}")
         else:
             lines.append("  as given by the caller")
     return "\n".join(lines)
@@ -70,3 +73,11 @@ def tile_map(plan: Plan) -> list[str]:
 
 def _shape(axes: tuple[str, ...], tile: tuple[int, ...]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in zip(axes, tile, strict=True))
+
+
+def _costs(costs: Costs) -> str:
+    source = "measured on this machine" if costs.measured else "built in"
+    return (
+        f"costs of the {costs.kernel} kernel, {source}, in thread-ns: pair {costs.pair:.2f}, look {costs.look:.1f}, "
+        f"pair of tiles {costs.tile_pair:.0f}, tile {costs.tile:.0f}, token {costs.token:.0f}"
+    )

@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from chronotope.kernels.operator import attend
+
 
 class Meter(TorchDispatchMode):
     """The most bytes held at one time by tensors made inside, and the number of scores of fused attention."""
@@ -16,6 +18,9 @@ class Meter(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.chronotope.attend.default:  # to be looked into, not at
+            with self:
+                return attend(*args)
         out = func(*args, **(kwargs or {}))
         if "scaled_dot_product" in func.name():
             self.scores += args[0].shape[:-1].numel() * args[1].shape[-2]

@@ -129,6 +129,7 @@ SIDES = [32, 64, 128]
 WINDOW = {"h": 7, "w": 7}
 
 
+@pytest.mark.usefixtures("torch_operators")
 def test_peak_memory_is_linear():
     peaks = []
     for side in SIDES:

@@ -89,6 +89,7 @@ def test_stride_subsamples_the_output(pad):
     assert (strided - expected).abs().max() <= 1e-6
 
 
+@pytest.mark.usefixtures("torch_operators")
 def test_entries_are_exact_and_memory_is_linear():
     sides, peaks = [32, 64, 96], []
     for side in sides:

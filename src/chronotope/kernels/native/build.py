@@ -30,6 +30,7 @@ from chronotope.kernels.native.toolchain import (
     native_flag,
     requirements,
 )
+from chronotope.machine import cache
 
 __all__ = ["BuildError", "Setup", "compiled", "folder", "library", "reasons", "sources", "stamp"]
 
@@ -39,23 +40,12 @@ DAY = 24 * 3600.0
 PASSING = ("Killed", "No space left", "out of memory", "memory exhausted")
 
 
-def _cache() -> Path | None:
-    if chosen := os.environ.get("CHRONOTOPE_CACHE"):
-        return Path(chosen).absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).absolute() / "chronotope"
-    try:
-        return Path.home() / ".cache" / "chronotope"
-    except RuntimeError:  # a user without a home
-        return None
-
-
 @dataclass(frozen=True)
 class Setup:
     """What is built (the C++ files in `source`), where libraries are kept (`cache`), and with which compiler."""
 
     source: Path = HERE
-    cache: Path | None = field(default_factory=_cache)
+    cache: Path | None = field(default_factory=cache)
     cxx: str | None = field(default_factory=lambda: os.environ.get("CXX"))
 
 

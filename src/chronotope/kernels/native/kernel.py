@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 from chronotope.errors import ChronotopeError
 from chronotope.kernels.call import Backend, Facts, Gradients, Known, Scores, blank
 from chronotope.kernels.native import build
+from chronotope.kernels.native.calibrate import calibrate
 from chronotope.kernels.native.tables import (
     MOST_AXES,
     MOST_TERMS,
@@ -172,7 +174,7 @@ def backward(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
     if any(known.wanted):
         request.learn()
     request.run("chronotope_backward")
-    learned = request.learned() if any(known.wanted) else [None] * len(scores.tensors)
+    learned = request.learned() if any(known.wanted) else list[Tensor | None]([None] * len(scores.tensors))
     return grads[0], grads[1], grads[2], learned
 
 
@@ -186,7 +188,16 @@ def reasons(facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
             out.append(f"adds at most {MOST_TERMS} tables over {MOST_AXES} axes")
     if too_large(tiles):
         out.append("the element masks of this plan would take gigabytes: too many differ; give larger tiles")
-    return out or build.reasons()
+    return out or _unbuilt()
+
+
+@cache
+def _unbuilt() -> list[str]:
+    """Why there is no library; where there is, the planner learns what its work costs here."""
+    out = build.reasons()
+    if not out:
+        calibrate(forward)
+    return out
 
 
 NATIVE = Backend(
