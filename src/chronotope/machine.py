@@ -2,9 +2,11 @@
 
 import os
 import platform
+from functools import lru_cache
 from pathlib import Path
 
 
+@lru_cache(maxsize=1)
 def processor() -> str:
     """The name of the processor, as the system tells it."""
     info = Path("/proc/cpuinfo")
@@ -15,9 +17,14 @@ def processor() -> str:
 
 def cache() -> Path | None:
     """The user's folder for what can be made again: CHRONOTOPE_CACHE, else by XDG_CACHE_HOME; None without a home."""
-    if chosen := os.environ.get("CHRONOTOPE_CACHE"):
+    return _cache(os.environ.get("CHRONOTOPE_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@lru_cache(maxsize=8)
+def _cache(chosen: str | None, base: str | None) -> Path | None:
+    if chosen:
         return Path(chosen).absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
+    if base:
         return Path(base).absolute() / "chronotope"
     try:
         return Path.home() / ".cache" / "chronotope"

@@ -69,6 +69,7 @@ def test_measured_costs_are_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_
     calibrate.calibrate(forward)
     assert path.stat().st_mtime_ns == written
     path.write_text("{}")
+    costs._read.cache_clear()
     assert costs.costs() == NATIVE
 
 

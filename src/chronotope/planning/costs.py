@@ -71,14 +71,19 @@ TORCH = Costs("torch", strip=0, panel=1, pair=3.7, look=178.0, tile_pair=0.0, ti
 def costs() -> Costs:
     """What was measured on this machine for the kernel that runs here, else what is built in."""
     path = measured_path()
-    return _read(path, path.stat().st_mtime_ns) if path is not None and path.is_file() else NATIVE
+    return NATIVE if path is None else _read(path)
 
 
 def measured_path() -> Path | None:
     """Where the measured costs of this machine and this torch are kept; None without a cache."""
     folder = cache()
+    return None if folder is None else _path(folder)
+
+
+@lru_cache(maxsize=8)
+def _path(folder: Path) -> Path:
     key = hashlib.sha256(f"{SCHEMA} {processor()} {torch.__version__}".encode()).hexdigest()[:16]
-    return None if folder is None else folder / f"costs-{key}.json"
+    return folder / f"costs-{key}.json"
 
 
 def save(found: dict[str, Costs]) -> None:
@@ -94,10 +99,11 @@ def save(found: dict[str, Costs]) -> None:
         part.replace(path)
     except OSError:
         return
+    _read.cache_clear()
 
 
-@lru_cache(maxsize=4)
-def _read(path: Path, changed: int) -> Costs:
+@lru_cache(maxsize=8)
+def _read(path: Path) -> Costs:
     try:
         return Costs(**json.loads(path.read_text())["float32"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -33,11 +33,18 @@ LARGE = 1 << 24
 _tables: weakref.WeakKeyDictionary[Tiles, Tables] = weakref.WeakKeyDictionary()
 
 
+@cache
+def library() -> ctypes.CDLL:
+    """The C++ functions, built where they are not."""
+    return build.library()
+
+
 def tables_of(tiles: Tiles) -> Tables:
     """The tables of a plan, made when it first runs."""
-    if tiles not in _tables:
-        _tables[tiles] = Tables.of(tiles, build.library())
-    return _tables[tiles]
+    found = _tables.get(tiles)
+    if found is None:
+        found = _tables[tiles] = Tables.of(tiles, library())
+    return found
 
 
 class Request:
@@ -130,7 +137,7 @@ class Request:
 
     def run(self, function: str) -> None:
         """Calls the library."""
-        if getattr(build.library(), function)(ctypes.byref(self.problem)):
+        if getattr(library(), function)(ctypes.byref(self.problem)):
             raise ChronotopeError("the native kernel could not get the memory that it works in; use a smaller batch.")
 
 
@@ -139,7 +146,7 @@ def room(x: Tensor, size: int) -> Tensor:
     for every 4 kB would take longer than temporal attention itself."""
     out = blank(x, size, x.dtype)
     if out.nbytes >= LARGE:
-        build.library().chronotope_advise(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+        library().chronotope_advise(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
     return out
 
 
@@ -186,7 +193,7 @@ def reasons(facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
         terms = scores.bias.relative(known, tiles.q.grid, tiles.k.grid) or []
         if len(terms) > MOST_TERMS or len(tiles.k.grid.axes) > MOST_AXES:
             out.append(f"adds at most {MOST_TERMS} tables over {MOST_AXES} axes")
-    if too_large(tiles):
+    if tiles not in _tables and too_large(tiles):
         out.append("the element masks of this plan would take gigabytes: too many differ; give larger tiles")
     return out or _unbuilt()
 
