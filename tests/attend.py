@@ -111,6 +111,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     """Equal up to rounding: so many rounding steps of the largest number, at least of 1."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
+    found, expected = found.detach(), expected.detach()
     finite = expected.isfinite()
     assert torch.equal(finite, found.isfinite())
     assert torch.equal(found[~finite], expected[~finite])

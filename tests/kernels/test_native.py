@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import chronotope as ct
-from attend import close
+from attend import close, random_call
 from chronotope.kernels import BACKENDS
-from chronotope.kernels.native import build, kernel
+from chronotope.kernels.native import build, kernel, toolchain
 from chronotope.kernels.native.tables import Problem
+from strategies import Case, cases
 
 REASONS = build.reasons()
 pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
@@ -145,13 +149,39 @@ def test_switched_off_by_the_environment() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env={**__import__("os").environ, "CHRONOTOPE_NATIVE": "0"},
+        env={**os.environ, "CHRONOTOPE_NATIVE": "0"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert "switched off: CHRONOTOPE_NATIVE=0" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_shorter_vectors(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sources for processors with vectors of 4, 8 and 16 floats, as far as this one runs them."""
+    if platform.machine() != "x86_64" or (level != "x86-64-v2" and level not in toolchain.cpu_level()):
+        pytest.skip(f"this processor does not run {level}")
+    compiler = toolchain.find_compiler(None)
+    made = build.compiled(build.Setup(), compiler, [f"-march={level}"], tmp_path, "kernels", rpath=True)
+    other = ctypes.CDLL(str(made))
+    assert other.chronotope_lanes() == {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16}[level]
+    monkeypatch.setattr(kernel, "library", lambda: other)
+    monkeypatch.setattr(kernel, "_tables", {})
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(cases(most=60, depth=2))
+    def law(case: Case) -> None:
+        call = random_call(case, torch.float32)
+        out, lse = call.run(backend="native")
+        dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+        found, expected = (call.gradients(dout, dlse, backend=name) for name in ("native", "reference"))
+        for x, y in zip(found, expected, strict=True):
+            close(x, y)
+
+    law()
 
 
 MEMORY = """

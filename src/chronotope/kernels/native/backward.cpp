@@ -13,6 +13,7 @@ constexpr int64_t ROWS = 128;     // queries of one block
 constexpr int WINDOW = 12;        // panels of one block: its cells stay in the cache
 constexpr int STRIPS = ROWS / STRIP;
 constexpr int64_t LOCAL_KEYS = 512;
+constexpr int64_t PARTS = 8;      // of the queries of one key head, each with gradients of its keys
 
 // Keys of one key head, packed in every order that a product needs, and their gradients so far.
 struct Keys {
@@ -299,7 +300,7 @@ void backward_shared(const Problem& p) {
   const int64_t threads = at::get_num_threads(), pairs = p.batch * p.key_heads, slots = p.keys.slots;
   const int64_t packed = widths.packed(slots), gradients = widths.gradients(slots);
   const int64_t at_once = std::min(pairs, threads);
-  const int64_t parts = std::min(p.queries.tiles, (threads + at_once - 1) / at_once);
+  const int64_t parts = std::min({p.queries.tiles, (threads + at_once - 1) / at_once, PARTS});
   const std::vector<int64_t> ends = cut(p, parts);
   Scratch scratch;
   float* memory = scratch.take(at_once * (packed + parts * gradients));

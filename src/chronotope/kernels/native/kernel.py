@@ -167,7 +167,7 @@ def forward(
 def backward(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
     """Gradients from lse, tile by tile; formulas as in `kernels.tiled.gradients`."""
     q, k, v = known.q, known.k, known.v
-    request = Request(q, k, v, known.out, known.lse, tiles, scores)
+    request = Request(q, k, v, known.out, known.lse.contiguous(), tiles, scores)
     problem = request.problem
     dout = torch.zeros_like(known.out) if known.dout is None else known.dout.to(q.dtype)
     grads = [room(x, x.shape[3]) for x in (q, k, v)]

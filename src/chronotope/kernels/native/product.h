@@ -123,7 +123,7 @@ template <class F>
 inline void columns(int64_t width, F&& f) {
   int64_t left = width / VEC, at = 0;
   while (left > 0) {
-    if (WIDE > 2 && (left == 3 || left > 4)) {
+    if (WIDE > 2 && left >= WIDE && left != WIDE + 1) {
       f.template operator()<WIDE>(at);
       at += WIDE * VEC, left -= WIDE;
     } else if (left >= 2) {

@@ -7,13 +7,13 @@
 namespace chronotope {
 
 // VEC floats fill a register. A strip is STRIP query rows; a panel is VEC keys. The inner products keep
-// STRIP x WIDE accumulators in registers, beside WIDE operands and one broadcast.
+// STRIP x WIDE accumulators in registers, beside WIDE operands and one broadcast. VEC is a multiple of STRIP.
 #if defined(__AVX512F__)
 constexpr int VEC = 16, STRIP = 8, WIDE = 3;
 #elif defined(__AVX__)
 constexpr int VEC = 8, STRIP = 4, WIDE = 3;
 #elif defined(__ARM_NEON)
-constexpr int VEC = 4, STRIP = 8, WIDE = 3;
+constexpr int VEC = 4, STRIP = 4, WIDE = 4;
 #else
 constexpr int VEC = 4, STRIP = 4, WIDE = 2;
 #endif
@@ -71,34 +71,22 @@ inline void zip(vec a, vec b, vec& low, vec& high) {
 // out[r] = f over all lanes of x[r]. Two rows become one by zipping their halves together.
 template <class F>
 inline void fold(vec (&x)[STRIP], float* out, F f) {
-  if constexpr (VEC % STRIP == 0) {
-    for (int rows = STRIP / 2; rows > 0; rows /= 2)
-      for (int r = 0; r < rows; ++r) {
-        vec low, high;
-        zip(x[r], x[r + rows], low, high);
-        x[r] = f(low, high);
-      }
-    // Lane i belongs to row i % STRIP now.
-    float lanes[VEC];
-    for (int half = VEC / 2; half >= STRIP; half /= 2) {
-      store(lanes, x[0]);
-      vec other = {};
-      std::memcpy(&other, lanes + half, sizeof(float) * half);
-      x[0] = f(x[0], other);
+  for (int rows = STRIP / 2; rows > 0; rows /= 2)
+    for (int r = 0; r < rows; ++r) {
+      vec low, high;
+      zip(x[r], x[r + rows], low, high);
+      x[r] = f(low, high);
     }
+  // Lane i belongs to row i % STRIP now.
+  float lanes[VEC];
+  for (int half = VEC / 2; half >= STRIP; half /= 2) {
     store(lanes, x[0]);
-    std::memcpy(out, lanes, sizeof(float) * STRIP);
-  } else {
-    for (int r = 0; r < STRIP; ++r) {
-      vec y = x[r];
-      for (int half = VEC / 2; half > 0; half /= 2) {
-        vec other = y;
-        for (int i = 0; i < half; ++i) other[i] = y[i + half];
-        y = f(y, other);
-      }
-      out[r] = y[0];
-    }
+    vec other = {};
+    std::memcpy(&other, lanes + half, sizeof(float) * half);
+    x[0] = f(x[0], other);
   }
+  store(lanes, x[0]);
+  std::memcpy(out, lanes, sizeof(float) * STRIP);
 }
 
 inline float sum(vec x) {
