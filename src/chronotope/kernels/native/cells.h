@@ -25,15 +25,15 @@ struct Entry {
 // Words that keep the first n lanes: the last panel of a tile that is no multiple of VEC.
 struct Tails {
   uint16_t words[VEC + 1][STRIP];
-  Tails() {
+  constexpr Tails() : words() {
     for (int n = 0; n <= VEC; ++n)
       for (int r = 0; r < STRIP; ++r) words[n][r] = static_cast<uint16_t>((1u << n) - 1);
   }
 };
+static constexpr Tails tails;
 
 // Adds the panels that a query tile looks at.
 inline void list_panels(const Problem& p, int64_t tile, std::vector<Entry>& out) {
-  static const Tails tails;
   for (int64_t i = p.start[tile]; i < p.start[tile + 1]; ++i) {
     const int64_t other = p.tile[i], first = p.keys.first[other], size = p.keys.size[other];
     const int64_t panels = (size + VEC - 1) / VEC;
