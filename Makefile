@@ -12,7 +12,7 @@ test: $(STAMP)  ## The tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: $(STAMP)  ## Times and ratios, in one run
-	$(BIN)/python -m chronotope.bench
+	$(BIN)/chronotope bench
 
 evidence: $(STAMP)  ## The longer tests: trainings and timings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow --durations=0

@@ -242,8 +242,37 @@ def test_backends_lists_the_kernels():
     assert "reference" in told and "torch" in told
 
 
+def test_bench_checks_times_and_writes_a_file_for_each_table(tmp_path):
+    few = ["--only", "temporal", "--only", "rounding"]
+    told = run("bench", "--quick", "--rounds", 1, "--threads", 1, *few, "--csv", tmp_path).output
+    assert "rearrange, SDPA" in told and "GB/s" in told and "WRONG" not in told
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.glob("*.csv")) == ["rounding", "temporal"]
+    run("bench", "--quick", "--rounds", 1, "--threads", 1, *few[:2], "--csv", tmp_path / "none", "--no-csv")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--only", "tmporal"], "unknown table 'tmporal': did you mean temporal"),
+        (["--rounds", "0"], "rounds=0: expected 1 or more."),
+        (["--device", "gpu"], "unknown device 'gpu': did you mean cpu?"),
+        (["--compile", "some"], "unknown choice for compile 'some'"),
+    ],
+)
+def test_bad_options_of_bench(args, message):
+    assert message in refused("bench", *args)
+
+
+def test_bench_names_its_tables_in_the_help():
+    from chronotope.bench.run import TABLES
+
+    told = run("bench", "--help").output
+    assert all(name in told for name in TABLES)
+
+
 def test_help_names_every_command_and_needs_no_lightning():
-    assert all(name in run("--help").output for name in ("compare", "draw", "papers", "backends"))
+    assert all(name in run("--help").output for name in ("compare", "draw", "papers", "backends", "bench"))
     assert "--budget" in run("compare", "--help").output
     code = "import sys\nfrom chronotope import cli\nassert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

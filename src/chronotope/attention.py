@@ -104,6 +104,10 @@ def attention(
     check_grids(grid, key_grid)
     check_tensors(q, k, v, grid, key_grid)
     check_bias(bias, q, k, grid, key_grid)
+    if torch.compiler.is_compiling():
+        from chronotope.tracing import named_calls, settled  # needs torch's compiler, which takes a second to import
+
+        scale, softcap = settled(scale), settled(softcap)
     check_scores(scale, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
@@ -112,12 +116,7 @@ def attention(
     facts = (q.device.type, q.dtype, q.shape[3], v.shape[3])
     request = (where, grid, key_grid, q.shape[1], facts, (scale, softcap), bias is not None, biases, backend)
     parts: Sequence[tuple[Heads, Call | str]]
-    if torch.compiler.is_compiling():
-        from chronotope.tracing import named_calls  # needs torch's compiler, which takes a second to import
-
-        parts = named_calls(*request)
-    else:
-        parts = calls(*request)
+    parts = named_calls(*request) if torch.compiler.is_compiling() else calls(*request)
     with torch.autocast(q.device.type, enabled=False) if q.device.type in AUTOCAST else nullcontext():
         results = [run(*_heads(q, k, v, heads), bias_tensors(bias), call) for heads, call in parts]
     out, lse = results[0] if len(results) == 1 else _gather(results, [heads for heads, _ in parts])

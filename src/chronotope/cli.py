@@ -1,4 +1,4 @@
-"""The command line: `chronotope compare`, `draw`, `papers`, `backends`."""
+"""The command line: `chronotope compare`, `draw`, `papers`, `backends`, `bench`."""
 
 from __future__ import annotations
 
@@ -191,6 +191,62 @@ def backends() -> None:
     import chronotope
 
     print(chronotope.backends())
+
+
+@app.command()
+def bench(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A table: planning, attention, windows, sequences, temporal, memory, rounding. May be given again. "
+            "Default: all.",
+            metavar="TABLE",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Paired runs of each kernel; where they are long fewer, at least 3.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes: whether everything runs, not how fast.")
+    ] = False,
+    compiled: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            help="Where torch's compiled FlexAttention takes part, some 10 s for each shape: window (the first row), "
+            "all, none. Default: window, none with --quick.",
+            metavar="WHERE",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a CSV file of each table. Default: benchmarks/results, none with --quick.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    no_csv: Annotated[bool, typer.Option("--no-csv", help="Write no files.")] = False,
+) -> None:
+    """**Times as ratios**: our kernels beside dense attention, FlexAttention and copying, in one run.
+
+    Every kernel is checked against float64 first; one that is wrong is printed as WRONG and not timed.
+
+    Examples:
+
+    ```
+    chronotope bench
+    chronotope bench --only temporal --only memory --rounds 9
+    chronotope bench --quick
+    ```
+    """
+    from chronotope.bench.run import FOLDER, Settings
+    from chronotope.bench.run import bench as run
+
+    folder = None if no_csv or (quick and csv is None) else csv or FOLDER
+    run(Settings(threads, rounds, quick, device, compiled or ("none" if quick else "window")), only, folder)
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

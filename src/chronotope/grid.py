@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from chronotope.errors import ChronotopeError
 
@@ -144,10 +145,28 @@ class Grid:
         return hash(self._key())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Grid.from_dict, (self.to_dict(),)
+        return _grid, self._key()
 
     def __repr__(self) -> str:
         return f"Grid({_kwargs(self.sizes)}{f', prefix={self.prefix}' if self.prefix else ''})"
+
+
+def _grid(axes: tuple[str, ...], shape: tuple[int, ...], prefix: int) -> Grid:
+    return Grid(prefix, **dict(zip(axes, shape, strict=True)))
+
+
+# A file of weights or an exported program may hold a grid: a value without code of its own.
+torch.serialization.add_safe_globals([_grid])
+# No tensors inside: torch.export takes a grid as an argument and holds its callers to an equal one.
+pytree.register_pytree_node(
+    Grid,
+    lambda grid: ([], grid),
+    lambda _, grid: grid,
+    flatten_with_keys_fn=lambda grid: ([], grid),
+    serialized_type_name="chronotope.Grid",
+    to_dumpable_context=Grid.to_dict,
+    from_dumpable_context=Grid.from_dict,
+)
 
 
 @dataclass(frozen=True)

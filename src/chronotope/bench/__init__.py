@@ -1,1 +1,1 @@
-"""Times as ratios, measured side by side in one run: `python -m chronotope.bench`."""
+"""Times as ratios, checked and measured side by side in one run: `chronotope bench`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from chronotope.kernels.call import Backend
+from chronotope.kernels.flex import FLEX
 from chronotope.kernels.native.kernel import NATIVE
 from chronotope.kernels.reference import REFERENCE
 from chronotope.kernels.tiled import TORCH
+from chronotope.kernels.triton import TRITON
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TORCH, NATIVE)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, FLEX, TORCH, TRITON, NATIVE)}
 COLUMNS = (
     "backend", "devices", "dtypes", "head sizes", "backward", "lse", "bias", "softcap", "grouped", "cross",
     "tested on", "what",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
@@ -13,6 +14,7 @@ from torch import Tensor
 from chronotope.boxes import Boxes, identify
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Coords, Grid
+from chronotope.held import Held
 from chronotope.patterns.reach import Reach
 
 Verdict = tuple[Bool[Tensor, "p"], Bool[Tensor, "p"]]
@@ -33,6 +35,13 @@ class Pattern(ABC):
     """Number of heads that this pattern tells apart; None: all heads are alike."""
     costly: bool = False
     """Whether `over` looks at pairs of tokens: then a plan tries one tile shape only."""
+    held: Held | None = None
+    """This pattern as a constant for torch.compile; None where it was made inside what is compiled."""
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            # Of a copy: no cycle keeps a pattern's data alive.
+            object.__setattr__(self, "held", Held(copy.copy(self)))
 
     def sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         """Whether each query sees each key; the coordinates broadcast against each other."""
