@@ -19,7 +19,7 @@ import chronotope as ct
 from chronotope.bench import cases, referee, results, run, tables, timing
 from chronotope.bench.cases import BACKWARD, BOTH, FORWARD, Case
 from chronotope.bench.check import Inputs, Truth, right
-from chronotope.bench.competitors import Competitor, sdpa
+from chronotope.bench.competitors import Competitor, absent, competitors, sdpa
 from chronotope.bench.lines import line
 from chronotope.bench.planning import forget
 from chronotope.bench.results import COLUMNS, Row
@@ -133,6 +133,38 @@ def test_a_right_kernel_is_right_in_every_layout() -> None:
             errors = truth.errors(competitor, trains=True)
             assert list(errors) == [FORWARD, BACKWARD, BOTH] and right(errors, torch.float32)
             assert list(truth.errors(competitor, trains=False)) == [FORWARD]
+
+
+def test_other_libraries_are_given_their_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the layouts that the libraries document: NATTEN [B, T, H, W, heads, D], fla [B, N, heads, D]."""
+
+    def by_us(q: Tensor, k: Tensor, v: Tensor, where: ct.Pattern) -> Tensor:
+        first = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
+        return ct.attention(*first, grid=GRID, where=where).transpose(1, 2).reshape(q.shape)
+
+    def na3d(q: Tensor, k: Tensor, v: Tensor, kernel_size: tuple[int, int, int]) -> Tensor:
+        assert q.shape == (1, *GRID.shape, 2, 16)
+        return by_us(q, k, v, ct.window(**dict(zip("thw", kernel_size, strict=True)), edge="shift"))
+
+    def parallel_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert q.shape == (1, GRID.size, 2, 16)
+        return by_us(q, k, v, ct.causal())
+
+    for name, inner, function in (("natten", "functional", na3d), ("fla", "ops", parallel_attn)):
+        for path in (name, f"{name}.{inner}"):
+            module = ModuleType(path)
+            module.__spec__ = importlib.util.spec_from_loader(path, loader=None)
+            monkeypatch.setitem(sys.modules, path, module)
+        setattr(sys.modules[f"{name}.{inner}"], function.__name__, function)
+    assert absent() == []
+    shifted = dataclasses.replace(CASE, patterns=(ct.window(t=3, h=3, w=5, edge="shift"),))
+    causal = dataclasses.replace(CASE, patterns=(ct.causal(),))
+    for case, name in ((shifted, "natten"), (causal, "fla")):
+        (one,) = [one for one in competitors(case, "cuda", "none") if one.name == name]
+        assert right(Truth(case, Inputs.random(case.shape, torch.float32, "cpu")).errors(one, True), torch.float32)
+    others = [CASE, DIVIDED, dataclasses.replace(CASE, patterns=(ct.window(w=3, dilation=2, edge="shift"),))]
+    found = itertools.chain(*(competitors(case, "cuda", "none") for case in others))
+    assert not {one.name for one in found} & {"natten", "fla"}
 
 
 def test_what_cannot_run_says_why() -> None:

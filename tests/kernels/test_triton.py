@@ -101,9 +101,10 @@ def test_it_equals_the_reference_often(
 GRID = ct.Grid(t=2, h=5, w=2, prefix=2)
 DILATED = ct.window(t=3, h=3, dilation={"h": 2}) & ct.causal("t")
 ALONG = ct.along("t") | ct.along("h")
+OTHER = ct.Grid(t=2, h=7, w=1)
 SITUATIONS: dict[str, dict[str, Any]] = {
     "separable": {"where": ct.plan(DILATED, GRID, heads=2, tile={"w": 2})},
-    "packed": {"where": ct.plan(ALONG, GRID, heads=2, tile={"h": 3})},
+    "packed": {"key_grid": OTHER, "where": ct.plan(ALONG, GRID, OTHER, heads=2, tile={"h": 3})},
     "relative": {"where": ct.plan(DILATED, GRID, heads=2, tile={}), "bias": ct.RelativeBias(2, t=1, h=1)},
     "alibi": {"where": ct.plan(ALONG, GRID, heads=2, tile={}), "bias": ct.Alibi(2, learned=True), "softcap": 0.7},
     "cross": {"key_grid": ct.Grid(t=5, w=5, prefix=1), "where": ct.window(t=3, w=1), "scale": -0.8},

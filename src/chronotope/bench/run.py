@@ -35,8 +35,12 @@ SHAPES = 128
 FOLDER = Path("benchmarks/results")
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def bench(
-    settings: Settings, only: list[str] | None = None, folder: Path | None = None, say: Callable[[str], None] = print
+    settings: Settings, only: list[str] | None = None, folder: Path | None = None, say: Callable[[str], None] = _say
 ) -> list[Row]:
     """Measures the named tables, or all; CSV files go to the folder, one for each table, when the table is done.
 

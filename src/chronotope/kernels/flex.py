@@ -80,12 +80,17 @@ def padded(layout: Layout, block: int) -> int:
 
 @dataclass(frozen=True)
 class Tables:
-    """A plan on a device, as FlexAttention reads it. `at`: coordinates at the positions of queries and of keys."""
+    """A plan on a device, as FlexAttention reads it.
+
+    `at`: coordinates at the positions of queries, on the axes of the keys, and of keys; `blind`: whether some query sees
+    nothing.
+    """
 
     q: Side
     k: Side
     mask: Any
     at: tuple[Coords, Coords]
+    blind: bool
 
 
 @lru_cache(maxsize=64)
@@ -98,7 +103,8 @@ def tables(tiles: Tiles, device: torch.device, block: int) -> Tables:
         )
         at = Coords.of(tiles.q.grid, q.token.to(device)), Coords.of(tiles.k.grid, k.token.to(device))
         mask = block_mask(tiles, q.length, k.length, k.real.to(device))
-        return Tables(q.to(device), k.to(device), mask, (at[0].aligned(tiles.k.grid), at[1]))
+        blind = not bool(tiles.sighted[0].all())
+        return Tables(q.to(device), k.to(device), mask, (at[0].aligned(tiles.k.grid), at[1]), blind)
 
 
 def block_mask(tiles: Tiles, height: int, width: int, real: Bool[Tensor, "positions"]) -> Any:
@@ -229,8 +235,10 @@ def attend(
         return_aux=AuxRequest(lse=True),
     )
     out, lse = out.index_select(2, found.q.place), extra.lse.index_select(2, found.q.place)
-    sees = found.q.sighted
-    return torch.where(sees[:, None], out, 0.0), torch.where(sees, lse, -torch.inf)
+    if found.blind:  # not left to the kernels of a GPU, forward and back, as long as they are untested
+        sees = found.q.sighted
+        out, lse = torch.where(sees[:, None], out, 0.0), torch.where(sees, lse, -torch.inf)
+    return out, lse
 
 
 @cache

@@ -59,16 +59,15 @@ inline void scores(const float* rows, int64_t width, int64_t depth, const float*
   for (; p < count; ++p) score<1>(rows, width, depth, panels + p, cells + p);
 }
 
+// A sum is complete before it is added to what was there: two short sums err less than a long one.
+inline void add(float* out, vec sum) { store(out, load(out) + sum); }
+
 // out[r][column] += sum over cells and their lanes of cells[p][r][lane] * tables[p][lane][column], for N vectors of
 // columns from `at` on.
 template <int N>
 inline void weigh(const float* const* cells, const float* const* tables, const int* lanes, int count, int64_t width,
                   int64_t out_width, int64_t at, float* out) {
-  vec sum[STRIP][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < STRIP; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < N; ++c) sum[r][c] = load(out + at + r * out_width + c * VEC);
+  vec sum[STRIP][N] = {};
   for (int p = 0; p < count; ++p) {
     const float *weights = cells[p], *table = tables[p] + at;
     for (int lane = 0; lane < lanes[p]; ++lane) {
@@ -86,18 +85,15 @@ inline void weigh(const float* const* cells, const float* const* tables, const i
 #pragma GCC unroll 8
   for (int r = 0; r < STRIP; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < N; ++c) store(out + at + r * out_width + c * VEC, sum[r][c]);
+    for (int c = 0; c < N; ++c) add(out + at + r * out_width + c * VEC, sum[r][c]);
 }
 
 // out[lane][column] += sum over cells and rows of cells[s][r][lane] * tables[s][r][column], for STRIP of
 // the lanes and N vectors of columns from `at` on.
 template <int N>
-inline void weigh_columns(const float* const* cells, const float* const* tables, int count, int64_t width, int64_t at, float* out) {
-  vec sum[STRIP][N];
-#pragma GCC unroll 8
-  for (int l = 0; l < STRIP; ++l)
-#pragma GCC unroll 4
-    for (int c = 0; c < N; ++c) sum[l][c] = load(out + at + l * width + c * VEC);
+inline void weigh_columns(const float* const* cells, const float* const* tables, int count, int64_t width, int64_t at,
+                          float* out) {
+  vec sum[STRIP][N] = {};
   for (int s = 0; s < count; ++s) {
     const float *weights = cells[s], *table = tables[s] + at;
     for (int r = 0; r < STRIP; ++r) {
@@ -115,7 +111,7 @@ inline void weigh_columns(const float* const* cells, const float* const* tables,
 #pragma GCC unroll 8
   for (int l = 0; l < STRIP; ++l)
 #pragma GCC unroll 4
-    for (int c = 0; c < N; ++c) store(out + at + l * width + c * VEC, sum[l][c]);
+    for (int c = 0; c < N; ++c) add(out + at + l * width + c * VEC, sum[l][c]);
 }
 
 // Calls f.operator()<N>(first column) over the columns, N vectors at a time: as even as WIDE allows.
