@@ -135,14 +135,13 @@ def checked(truth: Truth, competitor: Competitor) -> Entry:
 
 def timed(entries: list[Entry], inputs: Inputs, settings: Settings, new: bool) -> dict[str, dict[str, list[float]]]:
     """Seconds in each round, by label and pass. The first entry has not been checked; `new`: nor run at this shape."""
+    cold = [entries[0].label] if new else []  # the check has warmed up all others
     forward = {entry.label: _forward(entry, inputs) for entry in entries}
-    found = paired(forward, settings.rounds, SECONDS[False], settings.device)
+    found = paired(forward, settings.rounds, SECONDS[False], settings.device, cold)
     out = {label: {FORWARD: [parts[0] for parts in rounds]} for label, rounds in found.items()}
     training = {entry.label: _training(entry, inputs) for entry in entries if entry.trains}
     if len(training) < 2:  # dense alone
         return out
-    # The check was a training step of all others.
-    cold = [entries[0].label] if new else []
     for label, rounds in paired(training, settings.rounds, SECONDS[True], settings.device, cold).items():
         out[label] |= {BACKWARD: [parts[1] for parts in rounds], BOTH: [sum(parts) for parts in rounds]}
     return out

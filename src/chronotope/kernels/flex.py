@@ -82,8 +82,8 @@ def padded(layout: Layout, block: int) -> int:
 class Tables:
     """A plan on a device, as FlexAttention reads it.
 
-    `at`: coordinates at the positions of queries, on the axes of the keys, and of keys; `blind`: whether some query sees
-    nothing.
+    `at`: coordinates at the positions of queries, on the axes of the keys, and of keys; `blind`: whether some query
+    sees nothing.
     """
 
     q: Side
