@@ -34,6 +34,10 @@ class Scores:
         """The same scores from other tensors."""
         return replace(self, tensors=tensors)
 
+    def exact(self, dtype: torch.dtype) -> Scores:
+        """The same scores with tensors of this dtype, so that gradients of the bias add up in it."""
+        return self.given(tuple(x.to(dtype) if x.is_floating_point() else x for x in self.tensors))
+
     def values(
         self,
         tiles: Tiles,

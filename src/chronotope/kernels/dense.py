@@ -159,9 +159,12 @@ def written(q: Block, k: Keys, v: Values, scores: Scores, bias: Tensor | None, m
     logits, _ = _logits(q.to(exact), k.to(exact), scores, None if bias is None else bias.to(exact))
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(logits, -1)
-    weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    return weights @ v.to(exact), lse
+    top = logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits - torch.where(top == -torch.inf, 0.0, top))
+    # Divided by their own sum, weights do not carry the rounding of lse, which grows with the logits.
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ v.to(exact)) / torch.where(total == 0, 1.0, total)
+    return out, (top + torch.log(total))[..., 0]
 
 
 def written_backward(

@@ -25,7 +25,7 @@ from chronotope.planning import Layout, Tiles
 BLOCK = 128  # what FlexAttention's kernels take whatever their own block sizes are
 SMALLEST_HEAD = 16
 PAIRS_OF_TILES = 1 << 24
-MASK_BYTES = 1 << 28
+MASK_BYTES = 1 << 26
 PADDING = 8  # positions for each token
 KERNELS = 64  # compiled in one process: one for each shape of plan and tensors; torch's own limit is 8
 
@@ -93,7 +93,7 @@ class Tables:
     blind: bool
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def tables(tiles: Tiles, device: torch.device, block: int) -> Tables:
     """Kept by value: a plan is read by many calls."""
     # What is made in inference mode could not be used by a later training step.

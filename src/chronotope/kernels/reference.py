@@ -34,7 +34,7 @@ def reference(
     if scores.softcap is not None:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
     every_q, every_k = torch.arange(x.shape[2], device=q.device)[None], torch.arange(y.shape[2], device=q.device)[None]
-    bias = scores.values(tiles, every_q, every_k)
+    bias = scores.exact(exact).values(tiles, every_q, every_k)
     if bias is not None:
         logits = logits + torch.where(mask, bias[:, :, 0].to(exact), 0.0)
     logits = logits.masked_fill(~mask, -torch.inf)

@@ -73,6 +73,8 @@ def gradients(known: Known, tiles: Tiles, scores: Scores, differentiable: bool =
     blind = 0 if dlse is None else torch.where(lse == -torch.inf, 0.0, dlse)
     shift = (dout.to(exact) * out.to(exact)).sum(-1) - blind
     dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (q, k, v))
+    dtypes = [x.dtype for x in scores.tensors]
+    scores = scores.exact(exact)
     learned = Learned(scores, known.wanted, differentiable)
     for group in tiles.groups:
         fused = dense.fused(group, q, v, scores) and dlse is None and not differentiable
@@ -90,7 +92,8 @@ def gradients(known: Known, tiles: Tiles, scores: Scores, differentiable: bool =
             add = torch.Tensor.index_add if differentiable else torch.Tensor.index_add_
             dq = add(dq, 2, piece.q_index, piece.tokens(dx, q).to(exact))
             dk, dv = (add(d, 2, piece.k_index, new.flatten(2, 3).to(exact)) for d, new in ((dk, dy), (dv, dz)))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned.total
+    dtensors = [d if d is None else d.to(dtype) for d, dtype in zip(learned.total, dtypes, strict=True)]
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtensors
 
 
 Pull = Callable[[Tensor], Sequence[Tensor | None]]

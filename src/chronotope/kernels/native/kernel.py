@@ -117,10 +117,10 @@ class Request:
         lanes = torch.get_num_threads()
         self.problem.lanes = lanes
         for i, term in enumerate(self.terms):
-            self.dterms.append(torch.zeros(lanes, *term.table.shape))
+            self.dterms.append(torch.zeros(lanes, *term.table.shape, dtype=torch.float64))
             self.problem.term[i].gradient = pointer(self.dterms[i])
         if self.bias is not None:
-            self.dbias = torch.zeros(lanes, *self.bias.shape)
+            self.dbias = torch.zeros(lanes, *self.bias.shape, dtype=torch.float64)
             self.problem.bias_size, self.problem.dbias = self.bias.numel(), pointer(self.dbias)
 
     def learned(self) -> list[Tensor | None]:
@@ -133,7 +133,7 @@ class Request:
                 whole = found.new_zeros(found.shape[0], given.shape[-3], *found.shape[2:])
                 found = whole.index_copy_(1, torch.tensor(scores.heads), found)
             return [found.reshape(given.shape).to(given.dtype)]
-        return pull(scores, self.tiles, [d.sum(0) for d in self.dterms])
+        return pull(scores, self.tiles, [d.sum(0).float() for d in self.dterms])
 
     def run(self, function: str) -> None:
         """Calls the library."""

@@ -30,7 +30,7 @@ struct Term {
   int64_t axes, entries;
   int64_t axis[MOST_AXES], reach[MOST_AXES];
   const float* table;  // [heads, entries]
-  float* gradient;     // [lanes, heads, entries]
+  double* gradient;    // [lanes, heads, entries]: sums over many pairs
 };
 
 struct Problem {
@@ -54,7 +54,7 @@ struct Problem {
   Tensor dout, dq, dk, dv;
   const float* dlse;  // [batch, heads, queries], or null
   int64_t lanes, bias_size;
-  float* dbias;  // [lanes, bias_size], or null
+  double* dbias;  // [lanes, bias_size], or null
 };
 
 }  // namespace chronotope
