@@ -1,6 +1,6 @@
 """How good the choice of tiles is: `python -m chronotope.bench.tiles`, about two minutes.
 
-For some patterns, tile shapes that the cost model looks at are timed with the torch kernel. Printed: how far estimate
+For some patterns, tile shapes that the cost model looks at are timed with the kernel whose costs decide. Printed: how far estimate
 and time are apart, and how much slower the chosen shape is than the fastest of those timed.
 """
 
@@ -39,7 +39,7 @@ def seconds(pattern: ct.Pattern, grid: ct.Grid, choice: Choice) -> float:
     times = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        BACKENDS["torch"].forward(q, k, v, tiles, Scores(0.125, None, None, False, (), (0, 1, 2, 3)))
+        BACKENDS[costs().kernel].forward(q, k, v, tiles, Scores(0.125, None, None, False, (), (0, 1, 2, 3)))
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 

@@ -129,7 +129,7 @@ class Request:
         if self.dbias is not None:
             (given,) = scores.tensors
             found = self.dbias.sum(0)
-            if given.ndim > 1 and given.shape[-3:-2] not in ((), (1,)) and given.ndim >= 3:
+            if given.ndim >= 3 and given.shape[-3] > 1:  # of all heads, of which these are some
                 whole = found.new_zeros(found.shape[0], given.shape[-3], *found.shape[2:])
                 found = whole.index_copy_(1, torch.tensor(scores.heads), found)
             return [found.reshape(given.shape).to(given.dtype)]
