@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -60,6 +61,7 @@ MODELS: dict[str, Callable[[], Model]] = {
         ct.per_head([NEAR, ct.segments([i % 3 for i in range(24)]), ct.predicate(lambda q, k: q.t == k.t), NEAR])
     ),
     "grouped heads": lambda: Model(kv_heads=2),
+    "reference": lambda: Model(backend="reference"),
     "plan": lambda: Model(ct.plan(NEAR, GRID, heads=HEADS, tile={"t": 2, "h": 3})),
 }
 FAST = ("qk_norm", "alibi, softcap")
@@ -296,14 +298,17 @@ def test_export(strict: bool) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.15
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_operator_keeps_its_promises(backend: str, biased: bool) -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["heads outside", "heads inside"])
+def test_the_operator_keeps_its_promises(backend: str, biased: bool, inside: bool) -> None:
     """torch's own checks: schema, autograd registration, shapes without numbers, tracing with sizes left open."""
-    part = ct.plan(NEAR, GRID).parts[0]
-    bias = ct.Alibi(1, learned=True).double() if biased else None
+    part = ct.plan(NEAR, GRID, heads=2).parts[0]
+    bias = ct.Alibi(2, learned=True).double() if biased else None
     call = Call(BACKENDS[backend], part.tiles, Scores(0.5, None, bias, biased, (), part.heads))
     name = named(call)
     tensors = [] if bias is None else [bias.slopes.detach()]
-    q, k, v = (torch.randn(2, 1, GRID.size, 4, dtype=torch.float64) for _ in range(3))
+    q, k, v = (torch.randn(2, 2, GRID.size, 4, dtype=torch.float64) for _ in range(3))
+    if inside:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.chronotope.attend.default, (*leaves, [x.requires_grad_() for x in tensors], name))
     if backend == "torch" and not biased:  # the others pull gradients back by torch.func, which the checks cannot see
@@ -326,6 +331,7 @@ def test_second_derivatives(name: str) -> None:
     same(twice(model), twice(other))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch's own transforms
 def test_transforms_of_functions() -> None:
     """torch.func passes through the reference; the operator has no rule for it and refuses."""
     x = tokens()
@@ -342,3 +348,26 @@ def test_transforms_of_functions() -> None:
     for transformed in (torch.func.grad(loss), torch.func.vmap(loss, in_dims=(0, None))):
         with pytest.raises(RuntimeError):
             transformed(several, "torch")
+    _, rise = torch.func.jvp(lambda x: loss(x, "reference"), (given,), (given,))
+    close(rise, (expected * given).sum())
+    with pytest.raises(ct.UnsupportedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: loss(x, "torch"), (given,), (given,))
+
+
+@pytest.mark.slow
+def test_an_exported_program_is_refused_elsewhere(tmp_path: Path) -> None:
+    program, x = torch.export.export(Model(backend="torch"), (tokens().detach(), GRID)), tokens().detach()
+    torch.export.save(program, tmp_path / "program.pt2")
+    script = """
+import sys, torch, chronotope as ct
+grid = ct.Grid(t=3, h=4, w=2, prefix=1)
+torch.compile(lambda q: ct.attention(q, q, q, grid=grid), backend="eager")(torch.randn(1, 4, 25, 8).double())
+try:
+    torch.export.load(sys.argv[1]).module()(torch.randn(2, 25, 32).double(), grid)
+except ct.ChronotopeError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "program.pt2")]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "is of another process: run an exported program where it was exported" in said
+    assert program.module()(x, GRID).isfinite().all()

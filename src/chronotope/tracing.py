@@ -25,7 +25,7 @@ from chronotope.planning import Layout, Part, Plan, Tiles
 
 def named_calls(*request: Any) -> list[tuple[Heads, str]]:
     """`attention.calls` with the names of the calls in their place."""
-    return _named(_plain(request))
+    return _named(_plain(request), torch.compiler.is_exporting())
 
 
 def _plain(x: Any) -> Any:
@@ -78,14 +78,14 @@ def _part(grid: Grid, key_grid: Grid, heads: Heads, pattern: Pattern, tile: tupl
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _named(request: tuple[Any, ...]) -> list[tuple[Heads, str]]:
-    return _once(request)
+def _named(request: tuple[Any, ...], exported: bool) -> list[tuple[Heads, str]]:
+    return _once(request, exported)
 
 
 @cache
-def _once(request: tuple[Any, ...]) -> list[tuple[Heads, str]]:
+def _once(request: tuple[Any, ...], exported: bool) -> list[tuple[Heads, str]]:
     """Kept as long as the process, like the graphs that hold the names."""
     # A plan's tensors must be real, and no part of the graph: what traces this thread does not reach another.
     with ThreadPoolExecutor(1) as outside:
         found = outside.submit(lambda: calls(*_real(request))).result()
-    return [(heads, named(call, forever=True)) for heads, call in found]
+    return [(heads, named(call, forever=True, exported=exported)) for heads, call in found]

@@ -1,7 +1,7 @@
 """How good the choice of tiles is: `python -m chronotope.bench.tiles`, about two minutes.
 
-For some patterns, tile shapes that the cost model looks at are timed with the kernel whose costs decide. Printed: how far estimate
-and time are apart, and how much slower the chosen shape is than the fastest of those timed.
+For some patterns, tile shapes that the cost model looks at are timed with the kernel whose costs decide. Printed: how
+far estimate and time are apart, and how much slower the chosen shape is than the fastest of those timed.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ are no tensors: they reach the operator by name, and the name leads to a `Call`.
 from __future__ import annotations
 
 import itertools
+import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.kernels.call import Backend, Gradients, Known, Scores, blank
 from chronotope.kernels.tiled import gradients
 from chronotope.planning import Tiles
@@ -32,15 +35,27 @@ class Call:
 _calls: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
 _pinned: list[Call] = []  # calls whose names are constants of a compiled graph
 _count = itertools.count()
+_process = uuid.uuid4().hex
 
 
-def named(call: Call, forever: bool = False) -> str:
-    """A name for the call, which holds as long as the call lives; with `forever`, as long as the process."""
+def named(call: Call, forever: bool = False, exported: bool = False) -> str:
+    """A name for the call, which holds as long as the call lives; with `forever`, as long as the process.
+
+    A name for an exported program is not given in any other process. Compiled graphs keep theirs short and the same,
+    since torch finds what it compiled before by the text of a graph.
+    """
     if forever:
         _pinned.append(call)
-    out = f"call {next(_count)}"
+    out = f"call {next(_count)}{f' of {_process}' if exported else ''}"
     _calls[out] = call
     return out
+
+
+def _call(name: str) -> Call:
+    found = _calls.get(name)
+    if found is None:
+        raise ChronotopeError(f"{name!r} is of another process: run an exported program where it was exported.")
+    return found
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, tensors: tuple[Tensor, ...], call: Call | str) -> tuple[Tensor, Tensor]:
@@ -49,6 +64,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, tensors: tuple[Tensor, ...], call: Call
         return torch.ops.chronotope.attend(q, k, v, tensors, call)  # type: ignore[no-any-return]
     if call.backend.backward is None:
         return call.backend.forward(q, k, v, call.tiles, call.scores.given(tensors))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v, *tensors)):
+        # torch would drop the tangent without a word.
+        raise UnsupportedError(
+            f"backend {call.backend.name!r} has no forward-mode derivative; use backend='reference'."
+        )
     return torch.ops.chronotope.attend(q, k, v, tensors, named(call))  # type: ignore[no-any-return]
 
 
@@ -62,8 +82,16 @@ library.define(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], call: str) -> tuple[Tensor, Tensor]:
     """(out, lse) by the kernel of the call."""
-    found = _calls[call]
-    return found.backend.forward(q, k, v, found.tiles, found.scores.given(tuple(tensors)))
+    found = _call(call)
+    out, lse = found.backend.forward(q, k, v, found.tiles, found.scores.given(tuple(tensors)))
+    return _laid(out, q), lse.contiguous()
+
+
+def _laid(x: Tensor, like: Tensor) -> Tensor:
+    """x in the order of memory that `blank` gives: what a compiled graph was promised."""
+    if like.stride(1) < like.stride(2):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
 
 
 def attend_backward(
@@ -79,18 +107,24 @@ def attend_backward(
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The gradients of q, k, v, and of those tensors that are wanted."""
-    found = _calls[call]
+    found = _call(call)
     known = Known(q, k, v, out, lse, dout, dlse, tuple(wanted))
     compute = found.backend.backward or _by_autograd(found.backend)
     dq, dk, dv, rest = compute(known, found.tiles, found.scores.given(tuple(tensors)))
-    return dq, dk, dv, _wanted(rest, tensors, wanted)
+    return _laid(dq, q), _laid(dk, k), _laid(dv, v), _wanted(rest, tensors, wanted)
 
 
 def _wanted(found: list[Tensor | None], tensors: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
     """One gradient for each tensor that wants one; zero where no kernel met it."""
     pairs = zip(found, tensors, strict=True)
-    some = [torch.zeros_like(x) if d is None else d for (d, x), want in zip(pairs, wanted, strict=True) if want]
-    return some
+    return [_as(x, d) for (d, x), want in zip(pairs, wanted, strict=True) if want]
+
+
+def _as(x: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(x)
+    promised = torch.empty_like(x)
+    return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
 
 def _by_autograd(backend: Backend) -> Any:
@@ -131,7 +165,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     q, k, v, tensors, call = inputs
     ctx.set_materialize_grads(False)
     # The name lives as long as the call; in a compiled graph the name is a constant and the call is pinned.
-    ctx.call, ctx.name = _calls[call], call
+    ctx.call, ctx.name = _call(call), call
     ctx.save_for_backward(q, k, v, *output, *tensors)
 
 
@@ -148,7 +182,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *given, tensors, wanted, call = inputs
     ctx.set_materialize_grads(False)
-    ctx.call, ctx.wanted, ctx.has = _calls[call], tuple(wanted), [x is not None for x in given]
+    ctx.call, ctx.wanted, ctx.has = _call(call), tuple(wanted), [x is not None for x in given]
     ctx.save_for_backward(*[x for x in given if x is not None], *tensors)
 
 
