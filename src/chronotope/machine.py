@@ -17,14 +17,9 @@ def processor() -> str:
 
 def cache() -> Path | None:
     """The user's folder for what can be made again: CHRONOTOPE_CACHE, else by XDG_CACHE_HOME; None without a home."""
-    return _cache(os.environ.get("CHRONOTOPE_CACHE"), os.environ.get("XDG_CACHE_HOME"))
-
-
-@lru_cache(maxsize=8)
-def _cache(chosen: str | None, base: str | None) -> Path | None:
-    if chosen:
+    if chosen := os.environ.get("CHRONOTOPE_CACHE"):
         return Path(chosen).absolute()
-    if base:
+    if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base).absolute() / "chronotope"
     try:
         return Path.home() / ".cache" / "chronotope"

@@ -141,9 +141,9 @@ def test_a_library_for_another_torch_is_not_loaded(place: Place, monkeypatch: py
     build.library(place.setup)
     (other,) = place.libraries
     # What another torch has left must not be looked at: loading this would fail.
-    other.write_bytes(b"for another torch")
-    damaged = other.with_name(f"kernels-{toolchain.digest(other.read_bytes())}.so")
-    other.rename(damaged)
+    damaged = other.with_name(f"kernels-{toolchain.digest(b'for another torch')}.so")
+    damaged.write_bytes(b"for another torch")
+    other.unlink()  # never written over: it is loaded, and its memory is the file
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert build.library(place.forget()).answer() == 42
     assert place.count() == 2 and damaged in place.libraries and len(place.libraries) == 2
