@@ -32,6 +32,7 @@ from chronotope.patterns import (
 )
 from chronotope.planning import Plan, load_plan, parse_pattern, plan
 from chronotope.position import Rope
+from chronotope.recurrences import RecurrentState, features, linear_attention, normalizers, recurrence
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Grid",
     "Pattern",
     "Plan",
+    "RecurrentState",
     "RelativeBias",
     "Rope",
     "UnsupportedError",
@@ -51,16 +53,20 @@ __all__ = [
     "blocks",
     "causal",
     "draw",
+    "features",
     "full",
     "graph",
+    "linear_attention",
     "load_plan",
     "merge",
     "nn",
+    "normalizers",
     "nothing",
     "parse_pattern",
     "per_head",
     "plan",
     "predicate",
+    "recurrence",
     "segments",
     "sinks",
     "strided",
