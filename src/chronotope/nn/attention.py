@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from chronotope.attention import attention
 from chronotope.bias import Bias
+from chronotope.carried import Carried
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.nn.causality import require_streamable
@@ -22,7 +23,7 @@ from chronotope.position import Rope
 
 
 @dataclass(frozen=True)
-class AttentionState:
+class AttentionState(Carried):
     """Keys and values of the slices that a coming slice may still look at.
 
     k [B, Hk, cached * slice, D], after norm and position code; v likewise. `time`: coordinate of the next slice on the
@@ -34,23 +35,6 @@ class AttentionState:
     time: int
     grid: Grid
     where: Pattern
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of k and v."""
-        return self.k.nbytes + self.v.nbytes
-
-    def to(self, device: torch.device | str) -> AttentionState:
-        """The same state on another device."""
-        return replace(self, k=self.k.to(device), v=self.v.to(device))
-
-    def select(self, index: Tensor) -> AttentionState:
-        """The state of some members of the batch, int [n], in this order."""
-        return replace(self, k=self.k.index_select(0, index), v=self.v.index_select(0, index))
-
-    def repeat(self, n: int) -> AttentionState:
-        """The state with every member of the batch n times in a row."""
-        return replace(self, k=self.k.repeat_interleave(n, 0), v=self.v.repeat_interleave(n, 0))
 
 
 class Attention(Mixer):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from chronotope.carried import Carried
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 
@@ -39,27 +40,10 @@ class State(Protocol):
 
 
 @dataclass(frozen=True)
-class States:
+class States(Carried):
     """The states of several mixers, in order."""
 
     parts: tuple[Any, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        return sum(part.nbytes for part in self.parts)
-
-    def to(self, device: torch.device | str) -> States:
-        """The same states on another device."""
-        return States(tuple(part.to(device) for part in self.parts))
-
-    def select(self, index: Tensor) -> States:
-        """The states of some members of the batch, int [n], in this order."""
-        return States(tuple(part.select(index) for part in self.parts))
-
-    def repeat(self, n: int) -> States:
-        """The states with every member of the batch n times in a row."""
-        return States(tuple(part.repeat(n) for part in self.parts))
 
 
 class Mixer(nn.Module):
