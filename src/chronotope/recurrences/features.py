@@ -121,7 +121,8 @@ class Random(FeatureMap):
         generator = torch.Generator().manual_seed(seed)
         blocks = []
         for _ in range(-(-features // d)):
-            q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+            q, r = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+            q = q * r.diagonal().sign()  # else some directions are likelier than others
             length = torch.randn(d, d, generator=generator, dtype=torch.float64).norm(dim=1)
             blocks.append(q.T * length[:, None])
         self.register_buffer("weight", torch.cat(blocks)[:features].float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from chronotope.errors import ChronotopeError
@@ -14,26 +14,26 @@ from chronotope.recurrences.recurrence import recurrence
 
 
 def linear_attention(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
-    v: Float[Tensor, "b h m dv"],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     features: FeatureMap | None = None,
     normalize: bool = True,
     scale: float | int = 1.0,
     causal: bool = False,
-    keep: Bool[Tensor, "b m"] | None = None,
-) -> Float[Tensor, "b h n dv"]:
+    keep: Tensor | None = None,
+) -> Tensor:
     """out_i = scale * phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j)), in O(N D Dv).
 
     Args:
-        q, k, v: queries, keys, values; with `causal`, as many of each.
+        q: [B, H, N, D]; k: [B, H, M, D]; v: [B, H, M, Dv]; with `causal`, M = N.
         features: phi; None: q and k are features already.
         normalize: whether to divide; where the divisor is 0 the output is 0. `normalizers` says how often.
         causal: sum over the keys up to i only: `ct.recurrence`.
-        keep: False leaves a key out.
+        keep: bool [B, M]; False leaves a key out.
 
-    Returns out in q's dtype; sums are float32 at least.
+    Returns out [B, H, N, Dv] in q's dtype; sums are float32 at least.
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236; non-causal as in Shen et al. 2018, arXiv 1812.01243.
 
@@ -78,8 +78,8 @@ class Normalizers:
 
 
 def normalizers(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h m d"],
+    q: Tensor,
+    k: Tensor,
     *,
     features: FeatureMap | None = None,
     causal: bool = True,

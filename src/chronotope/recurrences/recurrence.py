@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from chronotope.errors import UnsupportedError
@@ -14,19 +14,19 @@ from chronotope.recurrences.table import BACKENDS
 
 
 def recurrence(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h n d"],
-    v: Float[Tensor, "b h n dv"],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    decay: Float[Tensor, "h"] | Float[Tensor, "b h n"] | Float[Tensor, "b h n d"] | None = None,
-    beta: Float[Tensor, "b h n"] | None = None,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
     normalize: bool = False,
     scale: float | int = 1.0,
     state: RecurrentState | None = None,
-    segments: Int[Tensor, "n"] | Int[Tensor, "b n"] | None = None,
+    segments: Tensor | None = None,
     chunk: int | None = None,
     backend: str = "auto",
-) -> tuple[Float[Tensor, "b h n dv"], RecurrentState]:
+) -> tuple[Tensor, RecurrentState]:
     """Reads and writes a state along the tokens, causally.
 
         S_t = exp(decay_t) S_{t-1} + k_t^T v_t,    out_t = scale * q_t S_t
@@ -35,10 +35,10 @@ def recurrence(
     out_t is divided by q_t . z_t, z_t = exp(decay_t) z_{t-1} + k_t; where that is 0, nothing was seen and out_t is 0.
 
     Args:
-        q, k, v: queries, keys, values; float32, bfloat16, float16, float64.
-        decay: log of what is kept, <= 0 (-inf forgets all): for each head, for each token, or for each token and key
-            channel. None: nothing is forgotten.
-        beta: how much of the difference is written; in 0..1 where keys have length 1.
+        q, k: [B, H, N, D]; v: [B, H, N, Dv]; float32, bfloat16, float16, float64.
+        decay: log of what is kept, <= 0 (-inf forgets all): for each head [H], for each token [B, H, N], or for each
+            token and key channel [B, H, N, D]. None: nothing is forgotten.
+        beta: [B, H, N], how much of the difference is written; in 0..1 where keys have length 1.
         scale: a factor of the output.
         state: what came before these tokens: the state that a former call returned. None: nothing.
         segments: packed sequences: the state is forgotten wherever the id differs from that of the token before, in
