@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +22,10 @@ FAST = [
     for name, backend in BACKENDS.items()
     if torch.float32 in backend.dtypes and "cpu" in backend.devices and name != "reference"
 ]
+REFUSED_FORMS = {("native", "channel")}
+RUNS = pytest.mark.parametrize(
+    ("backend", "form"), [(name, form) for name in FAST for form in FORMS if (name, form) not in REFUSED_FORMS]
+)
 FORM = pytest.mark.parametrize("form", FORMS)
 DELTA = pytest.mark.parametrize("delta", [False, True], ids=["sum", "delta"])
 NORMALIZE = pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
@@ -96,10 +102,9 @@ def stepping(p: Problem) -> list[torch.Tensor]:
     return p.results("torch", 1)
 
 
-@FORM
+@RUNS
 @DELTA
 @NORMALIZE
-@pytest.mark.parametrize("backend", FAST)
 def test_float32(backend: str, form: str | None, delta: bool, normalize: bool) -> None:
     """Rounding errors are not more than twice those of stepping in float32, and a band for luck."""
     p = Problem.random(form, delta, normalize, (2, 2, 150, 16, 24), strongest=1.0).to(torch.float32)
@@ -109,10 +114,11 @@ def test_float32(backend: str, form: str | None, delta: bool, normalize: bool) -
         assert float((x - exact).abs().max()) <= 2 * float((near - exact).abs().max()) + 2e-6 * size
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form])
+@pytest.mark.parametrize(
+    ("backend", "form"), [(name, form) for name in FAST for form in FORMS[1:] if (name, form) not in REFUSED_FORMS]
+)
 @DELTA
 @NORMALIZE
-@pytest.mark.parametrize("backend", FAST)
 def test_decays_of_any_strength(backend: str, form: str, delta: bool, normalize: bool) -> None:
     """From 0 to -50 in one sequence, side by side: nothing overflows, and a weak decay beside a strong one counts."""
     p = Problem.random(form, delta, normalize, (1, 2, 200, 8, 8)).to(torch.float32)
@@ -125,10 +131,9 @@ def test_decays_of_any_strength(backend: str, form: str, delta: bool, normalize:
     assert off(found, expected) < 2e-5
 
 
-@FORM
+@RUNS
 @DELTA
 @NORMALIZE
-@pytest.mark.parametrize("backend", FAST)
 def test_pieces_equal_the_whole(backend: str, form: str | None, delta: bool, normalize: bool) -> None:
     dtype = torch.float64 if torch.float64 in BACKENDS[backend].dtypes else torch.float32
     p = Problem.random(form, delta, normalize, (1, 2, 40, 8, 8), dtype=dtype)
@@ -147,9 +152,8 @@ def test_pieces_equal_the_whole(backend: str, form: str | None, delta: bool, nor
         assert off(found, [whole, *last.tensors()]) < (1e-12 if dtype == torch.float64 else 3e-6)
 
 
-@FORM
+@RUNS
 @DELTA
-@pytest.mark.parametrize("backend", FAST)
 def test_packed_equals_separate(backend: str, form: str | None, delta: bool) -> None:
     p = Problem.random(form, delta, sizes=(2, 2, 50, 8, 8), given=False).to(torch.float32)
     ids = torch.tensor([0] * 20 + [1] + [7] * 29)
@@ -216,9 +220,8 @@ def test_gradients_that_nobody_asks_for(backend: str) -> None:
 
 
 @pytest.mark.slow
-@FORM
+@RUNS
 @DELTA
-@pytest.mark.parametrize("backend", FAST)
 def test_long_sequences(backend: str, form: str | None, delta: bool) -> None:
     p = Problem.random(form, delta, sizes=(1, 1, 8192, 32, 32), strongest=0.1).to(torch.float32)
     assert off(p.results(backend)[:2], p.to(torch.float64).results("reference")[:2]) < 1e-4
@@ -266,6 +269,50 @@ def test_refusals(message: str) -> None:
     call, kind = REFUSED[message]
     with pytest.raises(kind or ct.ChronotopeError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("backend", "form"), sorted(REFUSED_FORMS))
+def test_a_form_that_a_backend_lacks(backend: str, form: str) -> None:
+    p = Problem.random(form).to(torch.float32)
+    with pytest.raises(ct.UnsupportedError, match="has no decays by channel"):
+        p.results(backend)
+    assert off(p.results("auto"), p.to(torch.float64).results("reference")) < 1e-5
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives(backend: str) -> None:
+    p = Problem.random("token", True, True, (1, 2, 20, 4, 4)).to(torch.float32)
+
+    def twice(p: Problem, backend: str) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (p.q, p.k, p.v, p.decay, p.beta) if x is not None]
+        q, k, v, decay, beta = leaves
+        out, state = ct.recurrence(q, k, v, decay=decay, beta=beta, normalize=True, state=p.state, backend=backend)
+        loss = out.square().sum() + state.memory.square().sum()
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+    assert off(twice(p, backend), twice(p.to(torch.float64), "reference")) < 1e-4
+
+
+COMPILED = """
+import torch, chronotope as ct
+q, k, v = torch.randn(3, 1, 2, 40, 8).unbind(0)
+decay, beta = -torch.rand(1, 2, 40), torch.rand(1, 2, 40)
+q.requires_grad_()
+for backend in ("torch", "native", "auto"):
+    def run(q):
+        out, state = ct.recurrence(q.sin(), k / 8, v, decay=decay, beta=beta, normalize=True, backend=backend)
+        return out.relu().sum() + state.memory.sum()
+    torch.compiler.reset()
+    compiled, plain = torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, q)[0] for x in (compiled, plain)))
+"""
+
+
+def test_a_compiled_recurrence_is_the_recurrence() -> None:
+    # In a process of its own: what checks types in tests is not for a compiler to trace.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 
 def test_a_backend_says_every_reason() -> None:
