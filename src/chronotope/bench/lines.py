@@ -16,6 +16,9 @@ TITLES = {
     "temporal": "along('t'), grid order in and out, against rearrange + SDPA + rearrange; reached: share of copy speed",
     "memory": "peak memory above what there was before q, k, v: these, out, plan, gradients and all; q+k+v+out are 1.0",
     "rounding": "root mean square error against float64, and its ratio to that of SDPA under the dense mask",
+    "recurrences": "recurrences, heads of 64, float32; x: causal SDPA time / time; reached: share of the peak of a "
+    "matrix product, by counted operations",
+    "stepping": "one token after the other: bytes of the state and time of a step, after contexts of growing length",
 }
 LEGEND = (
     "  x: dense time / time, median of paired rounds; bound: 1 / share of pairs in tiles; reached: share of the bound;",
@@ -56,7 +59,37 @@ def line(rows: list[Row]) -> str:
     if first.table == "rounding":
         found = "   ".join(f"{row.phase} {row.error:.1e} {row.ratio_to_dense:.2f}x" for row in rows)
         return f"  {first.dtype:10}{first.backend:14}{found}"
+    if first.table == "recurrences":
+        return _carried(rows)
+    if first.table == "stepping":
+        cells = (
+            f"{row.grid[7:-1]:>7}: {1e6 * (row.seconds_median or 0):7.0f} us {row.peak_mb:9.3f} MB" for row in rows
+        )
+        return f"  {first.row:30}{'  '.join(cells)}"
     return _timed(rows)
+
+
+def _stepped(row: Row) -> str:
+    return f"{_tokens(row):>7,}: {1e6 * (row.seconds_median or 0):7.0f} us {row.peak_mb:9.3f} MB"
+
+
+def _tokens(row: Row) -> int:
+    return int(row.grid.removeprefix("Grid(n=").removesuffix(")"))
+
+
+def _carried(rows: list[Row]) -> str:
+    first = rows[0]
+    tokens = _tokens(first)
+    out = f"  {tokens:>6,} {first.row:24}{first.backend:16}"
+    for row in rows:
+        out += f"{_ms(row)} ms"
+        if row.seconds_median is not None and first.backend != "matrix product":
+            out += f"{1e6 * row.seconds_median / tokens:8.2f} us/token"
+        if row.ratio_to_dense is not None:
+            out += f"{row.ratio_to_dense:8.1f}x"
+        if row.reached is not None:
+            out += f"{row.reached:7.2f} of peak"
+    return out + ("" if first.error is None else f"{first.error:10.1e}")
 
 
 def _planned(row: Row) -> str:

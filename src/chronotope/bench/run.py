@@ -12,9 +12,11 @@ from chronotope.bench import tables
 from chronotope.bench.lines import heading, line
 from chronotope.bench.memory import memory
 from chronotope.bench.planning import planning
+from chronotope.bench.recurrences import recurrences
 from chronotope.bench.referee import machine
 from chronotope.bench.results import Row, write
 from chronotope.bench.rounding import rounding
+from chronotope.bench.stepping import stepping
 from chronotope.bench.timing import Settings
 from chronotope.errors import ChronotopeError
 from chronotope.planning.parse import unknown_name
@@ -28,6 +30,8 @@ TABLES: dict[str, Table] = {
     "temporal": tables.temporal,
     "memory": memory,
     "rounding": rounding,
+    "recurrences": recurrences,
+    "stepping": stepping,
 }
 COMPILED = ("none", "window", "all")
 DEVICES = ("cpu", "cuda")
