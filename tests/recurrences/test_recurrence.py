@@ -22,10 +22,7 @@ FAST = [
     for name, backend in BACKENDS.items()
     if torch.float32 in backend.dtypes and "cpu" in backend.devices and name != "reference"
 ]
-REFUSED_FORMS = {("native", "channel")}
-RUNS = pytest.mark.parametrize(
-    ("backend", "form"), [(name, form) for name in FAST for form in FORMS if (name, form) not in REFUSED_FORMS]
-)
+RUNS = pytest.mark.parametrize(("backend", "form"), [(name, form) for name in FAST for form in FORMS])
 FORM = pytest.mark.parametrize("form", FORMS)
 DELTA = pytest.mark.parametrize("delta", [False, True], ids=["sum", "delta"])
 NORMALIZE = pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
@@ -114,9 +111,7 @@ def test_float32(backend: str, form: str | None, delta: bool, normalize: bool) -
         assert float((x - exact).abs().max()) <= 2 * float((near - exact).abs().max()) + 2e-6 * size
 
 
-@pytest.mark.parametrize(
-    ("backend", "form"), [(name, form) for name in FAST for form in FORMS[1:] if (name, form) not in REFUSED_FORMS]
-)
+@pytest.mark.parametrize(("backend", "form"), [(name, form) for name in FAST for form in FORMS[1:]])
 @DELTA
 @NORMALIZE
 def test_decays_of_any_strength(backend: str, form: str, delta: bool, normalize: bool) -> None:
@@ -269,14 +264,6 @@ def test_refusals(message: str) -> None:
     call, kind = REFUSED[message]
     with pytest.raises(kind or ct.ChronotopeError, match=message):
         call()
-
-
-@pytest.mark.parametrize(("backend", "form"), sorted(REFUSED_FORMS))
-def test_a_form_that_a_backend_lacks(backend: str, form: str) -> None:
-    p = Problem.random(form).to(torch.float32)
-    with pytest.raises(ct.UnsupportedError, match="has no decays by channel"):
-        p.results(backend)
-    assert off(p.results("auto"), p.to(torch.float64).results("reference")) < 1e-5
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -25,12 +25,12 @@ MOST_SIZE = 1024
 class Scalars(ctypes.Structure):
     """`Scalars` of recurrence.h."""
 
-    _fields_ = (("data", Pointer), ("batch", Int), ("head", Int), ("token", Int))
+    _fields_ = (("data", Pointer), ("batch", Int), ("head", Int), ("token", Int), ("channels", Int))
 
     @classmethod
     def of(cls, x: Tensor | None) -> Scalars:
-        """A tensor [B, H, N], or none."""
-        return cls() if x is None else cls(x.data_ptr(), *x.stride())
+        """A tensor [B, H, N] or [B, H, N, channels], the numbers of a token side by side; or none."""
+        return cls() if x is None else cls(x.data_ptr(), *x.stride()[:3], 1 if x.ndim == 3 else x.shape[3])
 
 
 class Recurrence(ctypes.Structure):
@@ -87,6 +87,10 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _by_token(decay: Tensor | None) -> Tensor | None:
+    return packed(decay) if decay is not None and decay.ndim == 4 else decay
+
+
 GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor memory, Tensor? normalizer, int chunk"
 operators = torch.library.Library("chronotope", "FRAGMENT")
 operators.define(f"recur({GIVEN}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -101,7 +105,7 @@ def recur(
     normalizer: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, total, memory and normalizer after the last token; what is not wanted is empty."""
-    q, k, v, memory = packed(q), packed(k), packed(v), memory.contiguous()
+    q, k, v, memory, decay = packed(q), packed(k), packed(v), memory.contiguous(), _by_token(decay)
     normalizer = None if normalizer is None else normalizer.contiguous()
     problem = described(q, k, v, decay, beta, memory, normalizer, chunk)
     out, total, after, sums = _results(q, v, memory, normalizer, room)
@@ -128,6 +132,7 @@ def recur_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, decay, beta, memory, normalizer; empty for those that are none."""
     q, k, v, memory, dout = packed(q), packed(k), packed(v), memory.contiguous(), packed(dout)
+    decay = _by_token(decay)
     dtotal, dmemory, dnormalizer = dtotal.contiguous(), dmemory.contiguous(), dnormalizer.contiguous()
     normalizer = None if normalizer is None else normalizer.contiguous()
     problem = described(q, k, v, decay, beta, memory, normalizer, chunk)
@@ -228,8 +233,6 @@ def compute(inputs: Inputs, chunk: int) -> Outputs:
 def reasons(inputs: Inputs, chunk: int) -> list[str]:
     """Why the C++ kernels cannot run a call."""
     out = []
-    if inputs.decay is not None and inputs.decay.ndim == 4:
-        out.append("has no decays by channel")
     if max(inputs.q.shape[3], inputs.v.shape[3]) > MOST_SIZE:
         out.append(f"takes heads of at most {MOST_SIZE}")
     return out or list(_unbuilt())

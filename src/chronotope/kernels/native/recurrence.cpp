@@ -1,14 +1,13 @@
 // A recurrence forward: chunk after chunk, the formulas of `recurrences/chunked.py`. A task is one head.
-#include "recurrence.h"
-
 #include "api.h"
+#include "recurrence_pairs.h"
 #include "schedule.h"
 
 namespace chronotope {
 namespace {
 
 struct Work {
-  Scratch q, k, v, panels, out, cells, written, link, state;
+  Scratch memory;
   float beta[MOST_CHUNK];
   Weights weights;
 };
@@ -18,20 +17,27 @@ Work& work() {
   return own;
 }
 
+// Where everything of one chunk lies.
 struct Memory {
-  float *q, *k, *v, *panels, *out, *cells, *written, *link, *state, *z;
+  float *q, *k, *spare;         // rows of `key`
+  float *v, *written;           // rows of `value`
+  float *panels, *turned;       // lanes are tokens
+  float *pairs, *link, *cells;  // cells: of all pairs, and of one strip
+  float *out, *state, *z;
 
-  Memory(const Recurrence& r, const Sizes& s, Work& w)
-      : q(w.q.take(s.tokens * s.key)),
-        k(w.k.take(s.tokens * s.key)),
-        v(w.v.take(s.tokens * s.value)),
-        panels(w.panels.take(s.panels * s.panel())),
-        out(w.out.take(STRIP * s.value)),
-        cells(w.cells.take((s.panels + s.key / VEC) * CELL)),
-        written(r.beta.data ? w.written.take(s.tokens * s.value) : nullptr),
-        link(r.beta.data ? w.link.take(s.strips * s.panels * CELL) : nullptr),
-        state(w.state.take(s.state() + s.key)),
-        z(state + s.state()) {}
+  Memory(const Recurrence& r, const Sizes& s, Work& w) {
+    const int64_t rows = s.tokens * s.key, values = s.tokens * s.value, all_pairs = s.strips * s.panels * CELL;
+    const int64_t strip = (s.panels + s.key / VEC) * CELL;
+    float* at = w.memory.take(5 * rows + 2 * values + 2 * all_pairs + strip + STRIP * s.value + s.state() + s.key);
+    for (float** x : {&q, &k, &spare, &panels, &turned}) *x = at, at += rows;
+    for (float** x : {&v, &written}) *x = at, at += values;
+    for (float** x : {&pairs, &link}) *x = at, at += all_pairs;
+    cells = at, at += strip;
+    out = at, at += STRIP * s.value;
+    state = at, at += s.state();
+    z = at;
+    if (!r.beta.data) written = v;
+  }
 };
 
 // q . z for the rows of a strip, and what their own chunk adds: the sums of its cells.
@@ -42,42 +48,39 @@ void add_totals(const Recurrence& r, const Sizes& s, const Place& at, const Weig
     if (t >= at.count) return;
     vec sum = {};
     for (int p = 0; p < seen_panels(strip); ++p) sum += load(cells[p] + i * VEC);
-    float before = 0;
-    for (int64_t d = 0; d < s.depth; ++d) before += m.q[t * s.key + d] * m.z[d];
-    r.total[(at.batch * r.heads + at.head) * r.tokens + at.from + t] = chronotope::sum(sum) + w.grown[t] * before;
+    for (int64_t c = 0; c < s.key; c += VEC) sum += w.grown().at(t, c) * load(m.q + t * s.key + c) * load(m.z + c);
+    r.total[(at.batch * r.heads + at.head) * r.tokens + at.from + t] = chronotope::sum(sum);
   }
 }
 
 void chunk_forward(const Recurrence& r, const Sizes& s, const Place& at, const Memory& m, Work& work) {
   Weights& w = work.weights;
-  weigh_decays(r, at, s.tokens, w);
+  w.set(r, s, at);
   read_rows(r.q, at, r.depth, s.key, s.tokens, m.q);
   read_rows(r.k, at, r.depth, s.key, s.tokens, m.k);
   read_rows(r.v, at, r.value_depth, s.value, s.tokens, m.v);
   turn_rows(m.k, s.tokens, s.key, m.panels);
-  const float* written = m.v;
   if (r.beta.data) {
     read_beta(r, at, s.tokens, work.beta);
-    solve_delta(s, w, m.k, m.panels, m.state, {m.link, m.written, work.beta}, m.v, m.cells);
-    written = m.written;
+    all_pairs(s, w, m.k, m.k, m.panels, true, m.turned, m.link);
+    solve_delta(s, w, m.k, m.state, work.beta, m.link, m.v, m.written, m.cells);
   }
-  float* cells[MOST_PANELS];
-  for (int64_t p = 0; p < s.panels; ++p) cells[p] = m.cells + (s.key / VEC + p) * CELL;
+  all_pairs(s, w, m.q, m.k, m.panels, false, m.turned, m.pairs);
   for (int64_t strip = 0; strip * STRIP < at.count; ++strip) {
-    const float* q = m.q + strip * STRIP * s.key;
+    const Cells cells(s, m.pairs, strip);
     std::fill(m.out, m.out + STRIP * s.value, 0.0f);
-    through(q, s.depth, s.key, w.grown + strip * STRIP, 1.0f, m.state, s.value, m.cells, m.out);
-    paired(s, w, q, m.panels, strip, false, cells);
+    through(m.q + strip * STRIP * s.key, s.depth, s.key, w.grown().from(strip * STRIP), 1.0f, m.state, s.value, m.cells,
+            m.out);
     Sum sum;
-    for (int p = 0; p < seen_panels(strip); ++p) sum.add(cells[p], written + p * VEC * s.value, VEC);
+    for (int p = 0; p < seen_panels(strip); ++p) sum.add(cells.own[p], m.written + p * VEC * s.value, VEC);
     sum.into(s.value, m.out);
-    if (r.total) add_totals(r, s, at, w, strip, cells, m);
+    if (r.total) add_totals(r, s, at, w, strip, cells.own, m);
     const Place own{at.batch, at.head, at.from + strip * STRIP, std::min<int64_t>(STRIP, at.count - strip * STRIP)};
     write_rows(r.out, own, r.value_depth, s.value, m.out);
   }
-  shrink(m.state, s.state(), w.over);
-  gather_state(m.panels, s, w.rest, written, s.value, m.state);
-  if (r.total) gather_normalizer(s, m.panels, w.over, m.z);
+  shrink(s, w, m.state);
+  gather_state(m.k, s, w.rest(), m.written, s.value, m.spare, m.turned, m.state);
+  if (r.total) gather_normalizer(s, w, m.turned, nullptr, m.z);
 }
 
 }  // namespace

@@ -9,12 +9,12 @@
 
 namespace chronotope {
 
-// [batch, head, token]; strides count numbers.
+// [batch, head, token]; strides count numbers. `channels`: the numbers of a token, which lie side by side.
 struct Scalars {
   float* data;
-  int64_t batch, head, token;
+  int64_t batch, head, token, channels;
 
-  float at(int64_t b, int64_t h, int64_t t) const { return data[b * batch + h * head + t * token]; }
+  const float* at(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
 };
 
 // Everything is float32. States are contiguous, [batch, heads, depth(, value_depth)].
@@ -29,7 +29,7 @@ struct Recurrence {
   // Backward only.
   Tensor dout, dq, dk, dv;
   const float *dtotal, *dmemory_after, *dnormalizer_after;
-  float *ddecay, *dbeta;  // [batch, heads, tokens]
+  float *ddecay, *dbeta;  // [batch, heads, tokens(, channels)]
   float *dmemory, *dnormalizer;
 };
 
@@ -51,38 +51,10 @@ struct Sizes {
   int64_t state() const { return key * value; }
 };
 
-// What decays do inside a chunk, b being their running sum: exp(b), exp(end - b), exp(end).
-struct Weights {
-  bool any;
-  double b[MOST_CHUNK];
-  float grown[MOST_CHUNK], rest[MOST_CHUNK], over;
-};
-
 // Which of some head's tokens are in a chunk.
 struct Place {
   int64_t batch, head, from, count;
 };
-
-inline void weigh_decays(const Recurrence& r, const Place& at, int64_t tokens, Weights& w) {
-  w.any = r.decay.data != nullptr;
-  w.over = 1.0f;
-  if (!w.any) {
-    std::fill(w.grown, w.grown + tokens, 1.0f);
-    std::fill(w.rest, w.rest + tokens, 1.0f);
-    return;
-  }
-  double sum = 0;
-  for (int64_t i = 0; i < tokens; ++i) {
-    if (i < at.count) sum += r.decay.at(at.batch, at.head, at.from + i);
-    w.b[i] = sum;
-  }
-  float exponent[MOST_CHUNK + VEC];
-  for (int64_t i = 0; i < tokens; ++i) exponent[i] = static_cast<float>(w.b[i]);
-  for (int64_t i = 0; i < tokens; i += VEC) store(w.grown + i, exp(load(exponent + i)));
-  for (int64_t i = 0; i < tokens; ++i) exponent[i] = static_cast<float>(sum - w.b[i]);
-  for (int64_t i = 0; i < tokens; i += VEC) store(w.rest + i, exp(load(exponent + i)));
-  w.over = std::exp(static_cast<float>(sum));
-}
 
 // Rows [tokens][width] of a chunk; zeros beyond its last token.
 inline void read_rows(const Tensor& x, const Place& at, int64_t size, int64_t width, int64_t tokens, float* out) {
@@ -101,10 +73,19 @@ inline void turn_rows(const float* rows, int64_t count, int64_t width, float* pa
   for (int64_t i = 0; i < count; i += VEC) turn(rows + i * width, width, width, panels + i * width);
 }
 
-// One strip of rows as cells [width / VEC][STRIP][VEC], each row times its factor.
-inline void as_cells(const float* rows, int64_t width, const float* factor, float sign, float* cells) {
+// What rows are multiplied by: one number for each, or one for each channel.
+struct Factor {
+  const float* values;
+  int64_t width;  // of a row of factors; 0: one number
+
+  Factor from(int64_t row) const { return {values + (width ? row * width : row), width}; }
+  vec at(int64_t row, int64_t column) const { return width ? load(values + row * width + column) : all(values[row]); }
+};
+
+// One strip of rows as cells [width / VEC][STRIP][VEC], times their factors.
+inline void as_cells(const float* rows, int64_t width, const Factor& factor, float sign, float* cells) {
   for (int64_t c = 0; c < width; c += VEC, cells += CELL)
-    for (int i = 0; i < STRIP; ++i) store(cells + i * VEC, sign * factor[i] * load(rows + i * width + c));
+    for (int i = 0; i < STRIP; ++i) store(cells + i * VEC, sign * factor.at(i, c) * load(rows + i * width + c));
 }
 
 // A sum of cells times tables, over at most MOST_CELLS of them.
@@ -123,7 +104,7 @@ struct Sum {
 };
 
 // out [STRIP][width] += sign * factor * rows [STRIP][depth] times a table [depth][width]; `memory` holds the cells.
-inline void through(const float* rows, int64_t depth, int64_t row_width, const float* factor, float sign,
+inline void through(const float* rows, int64_t depth, int64_t row_width, const Factor& factor, float sign,
                     const float* table, int64_t width, float* memory, float* out) {
   as_cells(rows, row_width, factor, sign, memory);
   Sum sum;
@@ -132,15 +113,14 @@ inline void through(const float* rows, int64_t depth, int64_t row_width, const f
   sum.into(width, out);
 }
 
-// table [key][width] += sum over tokens of column t of the panels, times its factor, times row t of `tokens`.
-// The panels are scaled in place.
-inline void gather_state(float* panels, const Sizes& s, const float* factor, const float* tokens, int64_t width,
-                         float* table) {
-  for (int64_t p = 0; p < s.panels; ++p) {
-    const vec scale = load(factor + p * VEC);
-    float* panel = panels + p * s.panel();
-    for (int64_t d = 0; d < s.key; ++d) store(panel + d * VEC, scale * load(panel + d * VEC));
-  }
+// table [key][width] += sum over tokens of row t, times its factors, transposed, times row t of `tokens`. `scaled_rows`
+// and `panels` get the rows scaled, and turned.
+inline void gather_state(const float* rows, const Sizes& s, const Factor& factor, const float* tokens, int64_t width,
+                         float* scaled_rows, float* panels, float* table) {
+  for (int64_t i = 0; i < s.tokens; ++i)
+    for (int64_t c = 0; c < s.key; c += VEC)
+      store(scaled_rows + i * s.key + c, factor.at(i, c) * load(rows + i * s.key + c));
+  turn_rows(scaled_rows, s.tokens, s.key, panels);
   for (int64_t d = 0; d < s.key; d += STRIP) {
     Sum sum;
     for (int64_t p = 0; p < s.panels; ++p) sum.add(panels + p * s.panel() + d * VEC, tokens + p * VEC * width, VEC);
@@ -148,109 +128,8 @@ inline void gather_state(float* panels, const Sizes& s, const float* factor, con
   }
 }
 
-// How many panels a strip of queries sees any of.
-inline int seen_panels(int64_t strip) { return static_cast<int>(strip * STRIP / VEC) + 1; }
-
-// exp(b_i - b_j) for the rows of a strip and the lanes of a panel; 0 where j > i, or j >= i with `strict`.
-inline void pair_weights(const Weights& w, int64_t strip, int64_t panel, bool strict, float* out) {
-  const int64_t first = strip * STRIP, key = panel * VEC;
-  const int64_t shift = strict ? 1 : 0;
-  for (int r = 0; r < STRIP; ++r) {
-    const int64_t i = first + r;
-    const uint32_t lanes = static_cast<uint32_t>(std::clamp<int64_t>(i - shift - key + 1, 0, VEC));
-    const uint32_t bits = lanes >= 32 ? ~0u : (1u << lanes) - 1;
-    vec weight = all(1.0f);
-    if (w.any) {
-      float gap[VEC];
-      for (int l = 0; l < VEC; ++l) gap[l] = static_cast<float>(std::min(w.b[i] - w.b[key + l], 0.0));
-      weight = exp(load(gap));
-    }
-    store(out + r * VEC, keep(bits, weight, vec{}));
-  }
-}
-
-// cells[p] *= exp(b_i - b_j) for the panels that a strip sees. Between a strip and panels that end before it, the
-// exponent is split at the token before the strip, so that both parts are sums of decays.
-inline void weigh_pairs(const Weights& w, int64_t strip, bool strict, float* const* cells) {
-  const int count = seen_panels(strip);
-  const int64_t first = strip * STRIP;
-  float rows[STRIP];
-  if (w.any && count > 1)
-    for (int r = 0; r < STRIP; ++r) rows[r] = std::exp(static_cast<float>(w.b[first + r] - w.b[first - 1]));
-  for (int p = 0; p + 1 < count && w.any; ++p) {
-    float gap[VEC];
-    for (int l = 0; l < VEC; ++l) gap[l] = static_cast<float>(w.b[first - 1] - w.b[p * VEC + l]);
-    const vec lanes = exp(load(gap));
-    for (int r = 0; r < STRIP; ++r) store(cells[p] + r * VEC, rows[r] * lanes * load(cells[p] + r * VEC));
-  }
-  float last[CELL];
-  pair_weights(w, strip, count - 1, strict, last);
-  for (int r = 0; r < STRIP; ++r)
-    store(cells[count - 1] + r * VEC, load(last + r * VEC) * load(cells[count - 1] + r * VEC));
-}
-
-// cells[p] = (rows of a strip . keys of panel p) * exp(b_i - b_j), for the panels that the strip sees.
-inline void paired(const Sizes& s, const Weights& w, const float* rows, const float* panels, int64_t strip, bool strict,
-                   float* const* cells) {
-  const float* own[MOST_PANELS];
-  const int count = seen_panels(strip);
-  for (int p = 0; p < count; ++p) own[p] = panels + p * s.panel();
-  scores(rows, s.key, s.depth, own, cells, count, VEC);
-  weigh_pairs(w, strip, strict, cells);
-}
-
-// The delta rule: rows hold v and become R = V - exp(b) K S - A U; written becomes U = beta R. A = link, its cells kept.
-struct Delta {
-  float* link;  // [strips][panels][CELL]
-  float* written;
-  const float* beta;
-
-  float* cell(const Sizes& s, int64_t strip, int64_t panel) const { return link + (strip * s.panels + panel) * CELL; }
-};
-
-inline void solve_delta(const Sizes& s, const Weights& w, const float* k, const float* panels, const float* state,
-                        const Delta& delta, float* rows, float* memory) {
-  for (int64_t strip = 0; strip < s.strips; ++strip) {
-    const int count = seen_panels(strip);
-    float* cells[MOST_PANELS];
-    for (int p = 0; p < count; ++p) cells[p] = delta.cell(s, strip, p);
-    const float* own = k + strip * STRIP * s.key;
-    paired(s, w, own, panels, strip, true, cells);
-    float* right = rows + strip * STRIP * s.value;
-    through(own, s.depth, s.key, w.grown + strip * STRIP, -1.0f, state, s.value, memory, right);
-    Sum before;
-    for (int p = 0; p < count; ++p) {
-      const int lanes = static_cast<int>(std::min<int64_t>(VEC, strip * STRIP - p * VEC));
-      if (lanes <= 0) continue;
-      float* negative = memory + before.count * CELL;
-      for (int r = 0; r < STRIP; ++r) store(negative + r * VEC, -load(cells[p] + r * VEC));
-      before.add(negative, delta.written + p * VEC * s.value, lanes);
-    }
-    if (before.count > 0) before.into(s.value, right);
-    // Inside the strip one row after the other.
-    const float* last = cells[count - 1] + strip * STRIP % VEC;
-    float* out = delta.written + strip * STRIP * s.value;
-    for (int r = 0; r < STRIP; ++r)
-      for (int64_t c = 0; c < s.value; c += VEC) {
-        vec x = load(right + r * s.value + c);
-        for (int l = 0; l < r; ++l) x -= last[r * VEC + l] * load(out + l * s.value + c);
-        store(right + r * s.value + c, x);
-        store(out + r * s.value + c, delta.beta[strip * STRIP + r] * x);
-      }
-  }
-}
-
 inline void read_beta(const Recurrence& r, const Place& at, int64_t tokens, float* out) {
-  for (int64_t i = 0; i < tokens; ++i) out[i] = i < at.count ? r.beta.at(at.batch, at.head, at.from + i) : 0.0f;
-}
-
-// z = over * z + sum over tokens of the panels, which are scaled to the end of the chunk already.
-inline void gather_normalizer(const Sizes& s, const float* panels, float over, float* z) {
-  for (int64_t d = 0; d < s.depth; ++d) {
-    vec sum = {};
-    for (int64_t p = 0; p < s.panels; ++p) sum += load(panels + p * s.panel() + d * VEC);
-    z[d] = over * z[d] + chronotope::sum(sum);
-  }
+  for (int64_t i = 0; i < tokens; ++i) out[i] = i < at.count ? *r.beta.at(at.batch, at.head, at.from + i) : 0.0f;
 }
 
 // State [key][value] from and to [depth][value_depth] without padding.
@@ -261,10 +140,6 @@ inline void read_state(const Recurrence& r, const Sizes& s, const float* from, f
 
 inline void write_state(const Recurrence& r, const Sizes& s, const float* from, float* to) {
   for (int64_t d = 0; d < r.depth; ++d) std::copy_n(from + d * s.value, r.value_depth, to + d * r.value_depth);
-}
-
-inline void shrink(float* x, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; i += VEC) store(x + i, factor * load(x + i));
 }
 
 }  // namespace chronotope
