@@ -34,10 +34,19 @@ void chronotope_masks(int64_t kinds, int64_t width, int64_t depth, const uint8_t
 
 void chronotope_advise(void* data, int64_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
-  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // may be refused: no matter
+  constexpr uintptr_t LARGE_PAGE = uintptr_t{1} << 21, PAGE = 1 << 12;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data), last = first + bytes;
+  const uintptr_t start = (first + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE, end = last / LARGE_PAGE * LARGE_PAGE;
+  if (start >= end || madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE) != 0) return;
+  // The system clears a page when it is first written: different threads, different pages.
+  const auto touch = [](uintptr_t from, uintptr_t to, uintptr_t step, int64_t grain) {
+    chronotope::deal(static_cast<int64_t>((to - from + step - 1) / step), grain, [&](int64_t page, int64_t) {
+      *reinterpret_cast<volatile char*>(from + page * step) = 0;
+    });
+  };
+  touch(start, end, LARGE_PAGE, 1);
+  touch(first, start, PAGE, 32);
+  touch(end, last, PAGE, 32);
 #else
   (void)data, (void)bytes;
 #endif

@@ -38,7 +38,7 @@ int64_t chronotope_problem_size();
 // seen [kinds, width, depth] -> words, as Problem::bits; first[kind] says where.
 void chronotope_masks(int64_t kinds, int64_t width, int64_t depth, const uint8_t* seen, const int32_t* rows,
                       const int32_t* columns, const int64_t* first, uint16_t* words);
-// Asks for large pages under memory that will be written for the first time.
+// Asks for large pages under memory that will be written for the first time, and has them made by all threads.
 void chronotope_advise(void* data, int64_t bytes);
 int chronotope_forward(const chronotope::Problem* problem);
 int chronotope_backward(const chronotope::Problem* problem);

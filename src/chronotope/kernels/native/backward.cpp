@@ -5,6 +5,7 @@
 #include "api.h"
 #include "local.h"
 #include "schedule.h"
+#include "short.h"
 
 namespace chronotope {
 namespace {
@@ -351,7 +352,9 @@ void backward_shared(const Problem& p) {
 
 int chronotope_backward(const chronotope::Problem* p) {
   return chronotope::guarded([&] {
-    if (chronotope::local(*p, chronotope::LOCAL_KEYS))
+    if (chronotope::is_short(*p))
+      chronotope::backward_short(*p);
+    else if (chronotope::local(*p, chronotope::LOCAL_KEYS))
       chronotope::backward_local(*p);
     else
       chronotope::backward_shared(*p);

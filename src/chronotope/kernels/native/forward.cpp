@@ -2,6 +2,7 @@
 #include "api.h"
 #include "local.h"
 #include "schedule.h"
+#include "short.h"
 
 namespace chronotope {
 namespace {
@@ -216,7 +217,9 @@ void forward_shared(const Problem& p) {
 
 int chronotope_forward(const chronotope::Problem* p) {
   return chronotope::guarded([&] {
-    if (chronotope::local(*p, chronotope::LOCAL_KEYS))
+    if (chronotope::is_short(*p))
+      chronotope::forward_short(*p);
+    else if (chronotope::local(*p, chronotope::LOCAL_KEYS))
       chronotope::forward_local(*p);
     else
       chronotope::forward_shared(*p);

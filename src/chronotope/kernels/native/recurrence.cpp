@@ -59,6 +59,8 @@ void chunk_forward(const Recurrence& r, const Sizes& s, const Place& at, const M
   read_rows(r.q, at, r.depth, s.key, s.tokens, m.q);
   read_rows(r.k, at, r.depth, s.key, s.tokens, m.k);
   read_rows(r.v, at, r.value_depth, s.value, s.tokens, m.v);
+  const Place next{at.batch, at.head, at.from + at.count, std::min(s.tokens, r.tokens - at.from - at.count)};
+  announce(r.q, next, r.depth), announce(r.k, next, r.depth), announce(r.v, next, r.value_depth);
   turn_rows(m.k, s.tokens, s.key, m.panels);
   if (r.beta.data) {
     read_beta(r, at, s.tokens, work.beta);
@@ -79,8 +81,9 @@ void chunk_forward(const Recurrence& r, const Sizes& s, const Place& at, const M
     write_rows(r.out, own, r.value_depth, s.value, m.out);
   }
   shrink(s, w, m.state);
-  gather_state(m.k, s, w.rest(), m.written, s.value, m.spare, m.turned, m.state);
-  if (r.total) gather_normalizer(s, w, m.turned, nullptr, m.z);
+  const float* kept = scaled_panels(m.k, m.panels, s, w.rest(), m.spare, m.turned);
+  gather_state(kept, s, m.written, s.value, m.state);
+  if (r.total) gather_normalizer(s, w, kept, nullptr, m.z);
 }
 
 }  // namespace

@@ -73,13 +73,16 @@ inline void turn_rows(const float* rows, int64_t count, int64_t width, float* pa
   for (int64_t i = 0; i < count; i += VEC) turn(rows + i * width, width, width, panels + i * width);
 }
 
-// What rows are multiplied by: one number for each, or one for each channel.
+// What rows are multiplied by: one number for each, or one for each channel; null: nothing.
 struct Factor {
   const float* values;
   int64_t width;  // of a row of factors; 0: one number
 
-  Factor from(int64_t row) const { return {values + (width ? row * width : row), width}; }
-  vec at(int64_t row, int64_t column) const { return width ? load(values + row * width + column) : all(values[row]); }
+  Factor from(int64_t row) const { return {values ? values + (width ? row * width : row) : nullptr, width}; }
+  vec at(int64_t row, int64_t column) const {
+    if (values == nullptr) return all(1.0f);
+    return width ? load(values + row * width + column) : all(values[row]);
+  }
 };
 
 // One strip of rows as cells [width / VEC][STRIP][VEC], times their factors.
@@ -113,18 +116,39 @@ inline void through(const float* rows, int64_t depth, int64_t row_width, const F
   sum.into(width, out);
 }
 
-// table [key][width] += sum over tokens of row t, times its factors, transposed, times row t of `tokens`. `scaled_rows`
-// and `panels` get the rows scaled, and turned.
-inline void gather_state(const float* rows, const Sizes& s, const Factor& factor, const float* tokens, int64_t width,
-                         float* scaled_rows, float* panels, float* table) {
+// Rows times their factors as panels; `panels` are the rows as they are, turned. Without decays these are the answer.
+inline const float* scaled_panels(const float* rows, const float* panels, const Sizes& s, const Factor& factor,
+                                  float* scaled_rows, float* out) {
+  if (factor.values == nullptr) return panels;
+  if (factor.width == 0) {
+    for (int64_t p = 0; p < s.panels; ++p) {
+      const vec lanes = load(factor.values + p * VEC);
+      for (int64_t i = p * s.panel(); i < (p + 1) * s.panel(); i += VEC) store(out + i, lanes * load(panels + i));
+    }
+    return out;
+  }
   for (int64_t i = 0; i < s.tokens; ++i)
     for (int64_t c = 0; c < s.key; c += VEC)
       store(scaled_rows + i * s.key + c, factor.at(i, c) * load(rows + i * s.key + c));
-  turn_rows(scaled_rows, s.tokens, s.key, panels);
+  turn_rows(scaled_rows, s.tokens, s.key, out);
+  return out;
+}
+
+// table [key][width] += sum over tokens t of lane t of the panels, times row t of `tokens`.
+inline void gather_state(const float* panels, const Sizes& s, const float* tokens, int64_t width, float* table) {
   for (int64_t d = 0; d < s.key; d += STRIP) {
     Sum sum;
     for (int64_t p = 0; p < s.panels; ++p) sum.add(panels + p * s.panel() + d * VEC, tokens + p * VEC * width, VEC);
     sum.into(width, table + d * width);
+  }
+}
+
+// The rows of a chunk that comes later, on their way to the cache.
+inline void announce(const Tensor& x, const Place& at, int64_t size) {
+  constexpr int64_t LINE = 16;
+  for (int64_t i = 0; i < at.count; ++i) {
+    const float* row = static_cast<const float*>(x.data) + offset(x, at.batch, at.head, at.from + i);
+    for (int64_t c = 0; c < size; c += LINE) __builtin_prefetch(row + c, 0, 2);
   }
 }
 

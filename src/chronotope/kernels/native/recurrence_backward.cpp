@@ -30,7 +30,7 @@ Work& work() {
 struct Memory {
   float *q, *k, *dq, *dk, *spare, *x_part, *y_part;  // rows of `key`
   float *written, *dout, *du, *negative;             // rows of `value`; negative is -dR
-  float *k_panels, *turned;                          // lanes are tokens
+  float *k_panels, *q_panels, *turned;               // lanes are tokens
   float* written_panels;                             // lanes are tokens
   float *state_panels, *dstate_panels;               // lanes are key channels
   float *p, *g, *a, *h, *cells;                      // cells: of all pairs, and of one strip
@@ -39,8 +39,8 @@ struct Memory {
   Memory(const Sizes& s, Work& w) {
     const int64_t rows = s.tokens * s.key, values = s.tokens * s.value, pairs = s.strips * s.panels * CELL;
     const int64_t strip = (s.panels + s.key / VEC) * CELL;
-    float* at = w.memory.take(9 * rows + 5 * values + 3 * s.state() + 4 * pairs + strip + s.key);
-    for (float** x : {&q, &k, &dq, &dk, &spare, &x_part, &y_part, &k_panels, &turned}) *x = at, at += rows;
+    float* at = w.memory.take(10 * rows + 5 * values + 3 * s.state() + 4 * pairs + strip + s.key);
+    for (float** x : {&q, &k, &dq, &dk, &spare, &x_part, &y_part, &k_panels, &q_panels, &turned}) *x = at, at += rows;
     for (float** x : {&written, &dout, &du, &negative, &written_panels}) *x = at, at += values;
     for (float** x : {&state_panels, &dstate_panels, &dstate}) *x = at, at += s.state();
     for (float** x : {&p, &g, &a, &h}) *x = at, at += pairs;
@@ -255,9 +255,11 @@ void state_gradients(const Recurrence& r, const Sizes& s, const Memory& m, const
     work.db[last * w.width + (w.form == BY_CHANNEL ? d : 0)] += w.over(d)[0] * kept;
   }
   shrink(s, w, m.dstate);
-  gather_state(m.q, s, w.grown(), m.dout, s.value, m.spare, m.turned, m.dstate);
-  if (r.total) gather_normalizer(s, w, m.turned, work.dtotal, m.dz);
-  if (r.beta.data) gather_state(m.k, s, w.grown(), m.negative, s.value, m.spare, m.turned, m.dstate);
+  const float* read = scaled_panels(m.q, m.q_panels, s, w.grown(), m.spare, m.turned);
+  gather_state(read, s, m.dout, s.value, m.dstate);
+  if (r.total) gather_normalizer(s, w, read, work.dtotal, m.dz);
+  if (!r.beta.data) return;
+  gather_state(scaled_panels(m.k, m.k_panels, s, w.grown(), m.spare, m.turned), s, m.negative, s.value, m.dstate);
 }
 
 void read_keys(const Recurrence& r, const Sizes& s, const Place& at, const Memory& m, Work& work) {
@@ -277,8 +279,9 @@ void chunk_state(const Recurrence& r, const Sizes& s, const Place& at, const Mem
   if (r.beta.data) solve_delta(s, work.weights, m.k, state, work.beta, m.a, rights, m.written, m.cells);
   std::copy_n(state, s.state() + s.key, next);
   shrink(s, work.weights, next);
-  gather_state(m.k, s, work.weights.rest(), m.written, s.value, m.spare, m.turned, next);
-  if (r.total) gather_normalizer(s, work.weights, m.turned, nullptr, next + s.state());
+  const float* kept = scaled_panels(m.k, m.k_panels, s, work.weights.rest(), m.spare, m.turned);
+  gather_state(kept, s, m.written, s.value, next);
+  if (r.total) gather_normalizer(s, work.weights, kept, nullptr, next + s.state());
 }
 
 void read_chunk(const Recurrence& r, const Sizes& s, const Place& at, const Memory& m, const float* state,
@@ -286,6 +289,7 @@ void read_chunk(const Recurrence& r, const Sizes& s, const Place& at, const Memo
   read_keys(r, s, at, m, work);
   read_rows(r.q, at, r.depth, s.key, s.tokens, m.q);
   read_rows(r.dout, at, r.value_depth, s.value, s.tokens, m.dout);
+  turn_rows(m.q, s.tokens, s.key, m.q_panels);
   if (r.beta.data)
     for (int64_t i = 0; i < s.tokens; ++i) scaled(rights + i * s.value, s.value, work.beta[i], m.written + i * s.value);
   else

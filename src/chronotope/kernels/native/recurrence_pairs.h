@@ -17,8 +17,9 @@ struct Weights {
   float *grown_at, *rest_at, *over_at;
   float *running, *own;  // rows of `key` for pairs by channel
 
-  Factor grown() const { return {grown_at, form == BY_CHANNEL ? width : 0}; }
-  Factor rest() const { return {rest_at, form == BY_CHANNEL ? width : 0}; }
+  Factor grown() const { return factor(grown_at); }
+  Factor rest() const { return factor(rest_at); }
+  Factor factor(const float* at) const { return {form == NEVER ? nullptr : at, form == BY_CHANNEL ? width : 0}; }
   vec over(int64_t row) const { return all(over_at[form == BY_CHANNEL ? row : 0]); }
   // exp(b_i - b_j), j <= i, for VEC channels from `c` on.
   vec between(int64_t i, int64_t j, int64_t c) const {
@@ -35,11 +36,8 @@ struct Weights {
     grown_at = memory.take(2 * count + width + VEC + (form == BY_CHANNEL ? 2 * s.tokens * s.key : 0));
     rest_at = grown_at + count, running = rest_at + count, own = running + (form == BY_CHANNEL ? s.tokens * s.key : 0);
     over_at = own + (form == BY_CHANNEL ? s.tokens * s.key : 0);
-    if (form == NEVER) {
-      std::fill(grown_at, grown_at + 2 * count, 1.0f);
-      *over_at = 1.0f;
-      return;
-    }
+    *over_at = 1.0f;
+    if (form == NEVER) return;
     for (int64_t i = 0; i < s.tokens; ++i) {
       const float* decay = i < at.count ? r.decay.at(at.batch, at.head, at.from + i) : nullptr;
       for (int64_t c = 0; c < width; ++c) {
@@ -219,6 +217,7 @@ inline void solve_delta(const Sizes& s, const Weights& w, const float* k, const 
 
 // The state over a chunk: what is left of it.
 inline void shrink(const Sizes& s, const Weights& w, float* state) {
+  if (w.form == NEVER) return;
   for (int64_t d = 0; d < s.key; ++d)
     for (int64_t c = 0; c < s.value; c += VEC) store(state + d * s.value + c, w.over(d) * load(state + d * s.value + c));
 }

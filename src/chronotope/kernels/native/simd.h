@@ -1,8 +1,13 @@
 // Vectors of floats by the compiler's vector extensions, which GCC and Clang lower to whatever the machine has.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace chronotope {
 
@@ -25,11 +30,20 @@ typedef int32_t ivec __attribute__((vector_size(4 * VEC)));
 constexpr int HALF_VEC = VEC / 2;
 typedef float half_vec __attribute__((vector_size(4 * HALF_VEC)));
 
-inline vec load(const float* p) {
-  vec out;
+// Of a register of any length: how many floats it holds, and what comparing two of them gives.
+template <class V>
+constexpr int LANES = sizeof(V) / 4;
+template <class V>
+using ints = decltype(V{} < V{});
+
+template <class V>
+inline V load_as(const float* p) {
+  V out;
   std::memcpy(&out, p, sizeof out);
   return out;
 }
+
+inline vec load(const float* p) { return load_as<vec>(p); }
 
 inline ivec load(const int32_t* p) {
   ivec out;
@@ -37,7 +51,29 @@ inline ivec load(const int32_t* p) {
   return out;
 }
 
-inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+template <class V>
+inline void store(float* p, V x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+// Whether a register is a line of the cache: such a line can be written without having been read.
+constexpr bool STREAMS = sizeof(vec) == 64;
+
+// Past the cache, to memory aligned to lines; plain where that is not possible.
+inline void stream(float* p, vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#else
+  store(p, x);
+#endif
+}
+
+// What was streamed before comes before what is written after.
+inline void fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 inline vec all(float x) {
   vec out;
@@ -54,17 +90,19 @@ inline ivec all(int32_t x) {
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
 // Lanes of a and b in turn: of their lower halves, of their upper halves.
-inline void zip(vec a, vec b, vec& low, vec& high) {
+template <class V>
+inline void zip(V a, V b, V& low, V& high) {
+  constexpr int N = LANES<V>;
 #if defined(__clang__)
-  for (int i = 0; i < VEC; ++i) {
+  for (int i = 0; i < N; ++i) {
     low[i] = i % 2 ? b[i / 2] : a[i / 2];
-    high[i] = i % 2 ? b[VEC / 2 + i / 2] : a[VEC / 2 + i / 2];
+    high[i] = i % 2 ? b[N / 2 + i / 2] : a[N / 2 + i / 2];
   }
 #else
-  ivec first;
-  for (int i = 0; i < VEC; ++i) first[i] = i / 2 + (i % 2) * VEC;
+  ints<V> first;
+  for (int i = 0; i < N; ++i) first[i] = i / 2 + (i % 2) * N;
   low = __builtin_shuffle(a, b, first);
-  high = __builtin_shuffle(a, b, first + VEC / 2);
+  high = __builtin_shuffle(a, b, first + N / 2);
 #endif
 }
 
@@ -96,21 +134,44 @@ inline float sum(vec x) {
 }
 
 // e^x within 1 unit in the last place or so; 0 below -87, NaN where x is NaN. Cephes' polynomial.
-inline vec exp(vec x) {
-  const vec low = all(-87.0f), magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vec y = x < low ? low : x;
-  const vec shifted = y * 1.44269504f + magic;
-  const vec n = shifted - magic;
-  vec r = y - n * 0.693359375f;
+template <class V>
+inline V exp(V x) {
+  const V low = V{} - 87.0f, magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const V y = x < low ? low : x;
+  const V shifted = y * 1.44269504f + magic;
+  const V n = shifted - magic;
+  V r = y - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vec out = (vec)((ivec)p + ((ivec)shifted << 23));
-  return x == x ? (x < low ? vec{} : out) : x;
+  const V out = (V)((ints<V>)p + ((ints<V>)shifted << 23));
+  return x == x ? (x < low ? V{} : out) : x;
+}
+
+// The natural logarithm of normal numbers above 0, within 1 unit in the last place or so; NaN where x is NaN. Cephes'
+// polynomial.
+template <class V>
+inline V log(V x) {
+  const ints<V> bits = (ints<V>)x;
+  const V half = (V)((bits & 0x007fffff) | 0x3f000000);  // x is half * 2^e, 0.5 <= half < 1
+  const ints<V> small = half < 0.707106781f;
+  const V e = __builtin_convertvector((bits >> 23) - 126 + small, V);
+  const V r = (small ? half + half : half) - 1.0f;
+  const V z = r * r;
+  V p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const V out = (p * r * z - e * 2.12194440e-4f - z * 0.5f) + r + e * 0.693359375f;
+  return x == x ? out : x;
 }
 
 // tanh, accurate also near 0, where 1 - 2 / (e^2x + 1) would cancel. Cephes' polynomial.
@@ -134,12 +195,15 @@ inline vec keep(uint32_t bits, vec x, vec other) {
   return (all((int32_t)bits) & lane) != 0 ? x : other;
 }
 
-// Transposes a VEC x VEC block: out[j][i] = in[i][j]. Each stage zips row i with row i + VEC / 2.
-inline void transpose(vec (&x)[VEC]) {
-  for (int stage = 1; stage < VEC; stage *= 2) {
-    vec y[VEC];
+// Transposes a square block: out[j][i] = in[i][j]. Each stage zips row i with row i + N / 2.
+template <class V, std::size_t N>
+inline void transpose(V (&x)[N]) {
+  static_assert(N == LANES<V>);
+#pragma GCC unroll 4
+  for (std::size_t stage = 1; stage < N; stage *= 2) {
+    V y[N];
 #pragma GCC unroll 16
-    for (int i = 0; i < VEC / 2; ++i) zip(x[i], x[i + VEC / 2], y[2 * i], y[2 * i + 1]);
+    for (std::size_t i = 0; i < N / 2; ++i) zip(x[i], x[i + N / 2], y[2 * i], y[2 * i + 1]);
     std::memcpy(x, y, sizeof y);
   }
 }
