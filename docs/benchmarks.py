@@ -25,6 +25,8 @@ TITLES = {
     "planning": "Planning",
     "memory": "Memory",
     "rounding": "Rounding",
+    "recurrences": "Recurrences",
+    "stepping": "Stepping",
 }
 COLOURS = {
     "native": "#2f6f8f",
@@ -213,6 +215,47 @@ def rounding(rows: list[Row]) -> Lines:
     return markdown(["dtype", "kernel", *names], body)
 
 
+def recurrences(rows: list[Row]) -> Lines:
+    """Recurrences by form and backend over lengths: microseconds for each token, and what they are measured by."""
+    head = [
+        "row",
+        "kernel",
+        "tokens",
+        "us/token",
+        "both, us/token",
+        "x of torch",
+        "x of causal SDPA",
+        "of peak",
+        "error",
+    ]
+    body, torch = [], dict[tuple[str, str], float]()
+    for some in sorted(entries(rows), key=lambda some: (some[0].row, some[0].backend != "torch")):
+        first, both = some[0], next((row for row in some if row.phase == BOTH), None)
+        if first.backend in ("matrix product", "causal SDPA"):
+            continue
+        tokens, took = int(first.grid[7:-1]), first.seconds_median
+        if took is None:
+            body.append([first.row, first.backend, f"{tokens:,}", "WRONG", *[""] * 4, error(some)])
+            continue
+        if first.backend == "torch":
+            torch[first.row, first.grid] = took
+        plain = torch.get((first.row, first.grid))
+        per = [number(None if row is None else 1e6 * (row.seconds_median or 0) / tokens) for row in (first, both)]
+        ratios = [number(plain and plain / took, "{:.1f}x"), number(first.ratio_to_dense, "{:.1f}x")]
+        body.append([first.row, first.backend, f"{tokens:,}", *per, *ratios, number(first.reached), error(some)])
+    return markdown(head, body)
+
+
+def stepping(rows: list[Row]) -> Lines:
+    """What a token costs after contexts of each length, and what is carried."""
+    contexts = list(dict.fromkeys(row.grid for row in rows))
+    body = [
+        [name, *(f"{1e6 * (row.seconds_median or 0):.0f} us, {row.peak_mb:.2f} MB" for row in some)]
+        for name, some in by(rows, lambda row: row.row).items()
+    ]
+    return markdown(["row", *(f"{int(grid[7:-1]):,} tokens" for grid in contexts)], body)
+
+
 TABLES: dict[str, Callable[[list[Row]], Lines]] = {
     "attention": times,
     "windows": times,
@@ -221,6 +264,8 @@ TABLES: dict[str, Callable[[list[Row]], Lines]] = {
     "planning": planning,
     "memory": memory,
     "rounding": rounding,
+    "recurrences": recurrences,
+    "stepping": stepping,
 }
 PICTURED = ("attention", "windows", "sequences")
 

@@ -7,13 +7,13 @@ Say where tokens are (a grid), who may look at whom (a pattern), and it is compu
     out = ct.attention(q, k, v, grid=grid, where=near)
 """
 
-from chronotope import nn
+from chronotope import memories, nn
 from chronotope.attention import attention
 from chronotope.bias import Alibi, Bias, RelativeBias
+from chronotope.capabilities import backends
 from chronotope.draw import draw
 from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.grid import Grid
-from chronotope.kernels import backends
 from chronotope.merge import merge
 from chronotope.patterns import (
     Pattern,
@@ -32,7 +32,7 @@ from chronotope.patterns import (
 )
 from chronotope.planning import Plan, load_plan, parse_pattern, plan
 from chronotope.position import Rope
-from chronotope.recurrences import RecurrentState, features, linear_attention, normalizers, recurrence
+from chronotope.recurrences import RecurrentState, features, linear_attention, normalizers, recurrence, scan
 
 __version__ = "0.1.0"
 
@@ -58,6 +58,7 @@ __all__ = [
     "graph",
     "linear_attention",
     "load_plan",
+    "memories",
     "merge",
     "nn",
     "normalizers",
@@ -67,6 +68,7 @@ __all__ = [
     "plan",
     "predicate",
     "recurrence",
+    "scan",
     "segments",
     "sinks",
     "strided",

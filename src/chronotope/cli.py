@@ -187,10 +187,11 @@ def papers(
 
 @app.command()
 def backends() -> None:
-    """The **kernels** that run attention, and what each of them can do."""
+    """The **kernels** that run attention and recurrences, and what each of them can do."""
     import chronotope
 
     print(chronotope.backends())
+    print(f"\nrecurrences\n{chronotope.backends('recurrence')}")
 
 
 @app.command()
@@ -199,8 +200,8 @@ def bench(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="A table: planning, attention, windows, sequences, temporal, memory, rounding. May be given again. "
-            "Default: all.",
+            help="A table: planning, attention, windows, sequences, temporal, memory, rounding, recurrences, stepping. "
+            "May be given again. Default: all.",
             metavar="TABLE",
             show_default=False,
         ),
@@ -247,6 +248,35 @@ def bench(
 
     folder = None if no_csv or (quick and csv is None) else csv or FOLDER
     run(Settings(threads, rounds, quick, device, compiled or ("none" if quick else "window")), only, folder)
+
+
+@app.command()
+def recall(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A mixer of the menu. May be given again. Default: all.", metavar="NAME", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 800,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of weights and sequences.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for recall.html and recall.json.", metavar="DIR")] = Path("out"),
+) -> None:
+    """**Which mixers remember**: multi-query associative recall, learned by small models, against the state's size.
+
+    Example:
+
+    ```
+    chronotope recall --only softmax --only "delta rule, 32"
+    ```
+    """
+    import torch
+
+    from chronotope.report.recall import write_recall
+    from chronotope.tasks.recall import Recall, compare
+
+    torch.set_num_threads(threads)
+    task = Recall(steps=steps, seed=seed)
+    print(f"wrote {write_recall(compare(task, only), task, out)}")
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

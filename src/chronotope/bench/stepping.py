@@ -13,7 +13,7 @@ import torch
 import chronotope as ct
 from chronotope.bench.results import Row, circumstances
 from chronotope.bench.timing import Settings
-from chronotope.nn import Attention, Decay, Mixer, Recurrence, ShortConv
+from chronotope.nn import S4D, S5, Attention, Decay, DeepMemory, Mamba, Mamba2, Mixer, Recurrence, ShortConv
 
 DIM, HEADS = 256, 4
 LAST = 200  # steps that are timed before each context is reached
@@ -32,6 +32,11 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "taylor features, heads of 16": lambda: Recurrence(
         DIM, HEADS, features=ct.features.Taylor(), normalize=True, head_dim=16, value_dim=64
     ),
+    "S4D, 64 states": lambda: S4D(DIM, 64),
+    "S5, 256 states": lambda: S5(DIM, 256),
+    "Mamba, 16 states": lambda: Mamba(DIM, 16),
+    "Mamba-2, 64 states": lambda: Mamba2(DIM, 64),
+    "deep memory, chunks of 16": lambda: DeepMemory(DIM, HEADS, chunk=16),
     "short convolution": lambda: ShortConv(DIM, 4),
 }
 

@@ -8,22 +8,13 @@ from chronotope.kernels.native.kernel import NATIVE
 from chronotope.kernels.reference import REFERENCE
 from chronotope.kernels.tiled import TORCH
 from chronotope.kernels.triton import TRITON
+from chronotope.listing import Listing
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, FLEX, TORCH, TRITON, NATIVE)}
 COLUMNS = (
     "backend", "devices", "dtypes", "head sizes", "backward", "lse", "bias", "softcap", "grouped", "cross",
     "tested on", "what",
 )  # fmt: skip
-
-
-class Backends(list[Backend]):
-    """A list of backends that prints as a table."""
-
-    def __repr__(self) -> str:
-        rows = [list(COLUMNS), *(row(backend) for backend in self)]
-        widths = [max(len(cells[i]) for cells in rows) for i in range(len(COLUMNS))]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows)
-        return "\n".join(line.rstrip() for line in lines)
 
 
 def row(backend: Backend) -> list[str]:
@@ -34,6 +25,6 @@ def row(backend: Backend) -> list[str]:
     return [b.name, ",".join(b.devices), dtypes, b.head_sizes, b.differentiable, *flags, b.tested_on, b.about]
 
 
-def backends() -> Backends:
-    """The capability table: what each backend takes and gives. Prints as a table; a list of `Backend` otherwise."""
-    return Backends(sorted(BACKENDS.values(), key=lambda backend: -backend.priority))
+def backends() -> Listing:
+    """The capability table of attention: what each backend takes and gives."""
+    return Listing(sorted(BACKENDS.values(), key=lambda backend: -backend.priority), COLUMNS, row)

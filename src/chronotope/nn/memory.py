@@ -22,6 +22,9 @@ from chronotope.nn.mixer import Context, Mixer, require_slice, require_tokens
 class MemoryGates(nn.Module):
     """x -> Gates: rate * sigmoid(W x + b), logs of sigmoid(W x + b), threshold softplus(W x + b).
 
+    With momentum the rate is multiplied by 1 - momentum: all that a token adds in time is then at most its own rate,
+    and momentum does not make the descent diverge.
+
     Args:
         dim, heads: channels of x, heads of the memory.
         memory: it has the gates that its parts take.
@@ -31,8 +34,8 @@ class MemoryGates(nn.Module):
         threshold: that of a Huber loss at the start.
     """
 
-    # At the start: half of the largest step, 0.1 % forgotten by every token, half of past surprise goes on.
-    BIAS: ClassVar[dict[str, float]] = {"rate": 0.0, "decay": 7.0, "momentum": 0.0}
+    # At the start: half of the largest step, 0.01 % forgotten by every token, half of past surprise goes on.
+    BIAS: ClassVar[dict[str, float]] = {"rate": 0.0, "decay": 9.0, "momentum": 0.0}
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class MemoryGates(nn.Module):
         }
         total = sum(self.sizes.values())
         last = nn.Linear(dim if rank is None else rank, total)
-        start = self.BIAS | {"threshold": math.log(math.expm1(threshold))}
+        start = self.BIAS | {"threshold": threshold + math.log(-math.expm1(-threshold))}
         with torch.no_grad():
             for part, name in zip(last.bias.split(list(self.sizes.values())), self.sizes, strict=True):
                 part.fill_(start[name])
@@ -75,6 +78,8 @@ class MemoryGates(nn.Module):
                 found[name] = self.rate * part.sigmoid()
             else:
                 found[name] = F.softplus(part) if name == "threshold" else F.logsigmoid(part)
+        if "momentum" in found:
+            found["rate"] = -torch.expm1(found["momentum"]) * found["rate"]
         return Gates(**found)
 
 
@@ -94,8 +99,8 @@ class DeepMemory(Mixer):
         dim: channels of x.
         heads: heads, each with a network of its own, whose weights at the start are learned.
         memory: the four choices; None: an MLP of two layers, L2 loss, decay, momentum, as in Titans.
-        gates: a module x -> Gates; None: `MemoryGates` with a rate of at most 1 / chunk, which is stable for a matrix
-            however much the keys of a chunk are alike, as long as momentum does not add to it.
+        gates: a module x -> Gates; None: `MemoryGates` with a rate of at most 1 / (4 chunk). All tokens of a
+            chunk pull at the same weights, so with keys that are alike a larger rate may diverge.
         chunk, truncate: as for `memorize`.
         head_dim: default dim / heads.
         conv: tokens that the convolution sees; None: no convolution.
@@ -128,7 +133,7 @@ class DeepMemory(Mixer):
         self.dim, self.heads, self.chunk, self.truncate = dim, heads, chunk, truncate
         self.head_dim = dim // heads if head_dim is None else head_dim
         self.memory = Memory(learner=Mlp(2), optimizer=Momentum()) if memory is None else memory
-        self.gates = MemoryGates(dim, heads, self.memory, rate=1 / chunk) if gates is None else gates
+        self.gates = MemoryGates(dim, heads, self.memory, rate=0.25 / chunk) if gates is None else gates
         inner = heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = None if conv is None else ShortConv(3 * inner, conv)

@@ -91,7 +91,7 @@ def train(recipe: Recipe, clips: Clips, folder: Path, console: Console) -> Train
             module.load_state_dict(saved["state_dict"])
             return Trained(module.model.eval(), clock.done, True)
         console.print(f"an interrupted training is there: going on from step {clock.done}")
-    with _quiet():
+    with quiet():
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
@@ -264,7 +264,7 @@ def _set_rate(optimizer: Any, rate: float) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lightning's notes on hardware and workers do not concern a training on the CPU from memory; its errors do."""
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     for name in levels:

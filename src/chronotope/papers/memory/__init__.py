@@ -1,0 +1,1 @@
+"""Mechanisms that remember: what is kept of the past, what is dropped, and how it is read."""
