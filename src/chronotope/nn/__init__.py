@@ -4,7 +4,7 @@ from chronotope.nn.attention import Attention, AttentionState
 from chronotope.nn.block import Block, Cross, Stack
 from chronotope.nn.convolution import ConvState, ShortConv
 from chronotope.nn.feedforward import FeedForward
-from chronotope.nn.memory import DeepMemory, DeepMemoryState
+from chronotope.nn.memory import DeepMemory, DeepMemoryState, MemoryGates
 from chronotope.nn.mixer import Mixer, State, States
 from chronotope.nn.patches import PatchEmbed, Unpatch
 from chronotope.nn.recurrence import Decay, Recurrence, RecurrenceState
@@ -24,6 +24,7 @@ __all__ = [
     "FeedForward",
     "Mamba",
     "Mamba2",
+    "MemoryGates",
     "Mixer",
     "PatchEmbed",
     "Recurrence",

@@ -186,7 +186,7 @@ class DeepMemory(Mixer):
         return (F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v), conv
 
     def _finish(self, out: Tensor, x: Tensor) -> Tensor:
-        out = self.norm(out).transpose(1, 2).flatten(2)
+        out = self.norm(out.to(self.norm.weight.dtype)).transpose(1, 2).flatten(2)
         if self.gate is not None:
             out = out * F.silu(self.gate(x))
         return self.out(out)  # type: ignore[no-any-return]

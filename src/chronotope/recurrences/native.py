@@ -235,17 +235,16 @@ def reasons(inputs: Inputs, chunk: int) -> list[str]:
     out = []
     if max(inputs.q.shape[3], inputs.v.shape[3]) > MOST_SIZE:
         out.append(f"takes heads of at most {MOST_SIZE}")
-    return out or list(_unbuilt())
+    if out or not torch.compiler.is_compiling():
+        return out or list(unbuilt())
+    from chronotope.recurrences.tracing import unbuilt_constant  # imports the compiler, which takes a second
 
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _unbuilt() -> tuple[str, ...]:
-    """Why there is no library; asked once."""
-    return _asked()
+    return list(unbuilt_constant())
 
 
 @cache
-def _asked() -> tuple[str, ...]:
+def unbuilt() -> tuple[str, ...]:
+    """Why there is no library; asked once."""
     return tuple(build.reasons())
 
 

@@ -7,8 +7,9 @@ from chronotope.recurrences.call import Backend
 from chronotope.recurrences.chunked import TORCH
 from chronotope.recurrences.native import NATIVE
 from chronotope.recurrences.reference import REFERENCE
+from chronotope.recurrences.triton import TRITON
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TORCH, NATIVE)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TORCH, TRITON, NATIVE)}
 COLUMNS = ("backend", "devices", "computes in", "chunk", "backward", "tested on", "what")
 
 
