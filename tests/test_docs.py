@@ -38,7 +38,7 @@ def test_the_screen_of_code_in_the_readme_runs() -> None:
     size = ct.Grid(t=3, h=6, w=5, prefix=1).size
     q, k, v = (torch.randn(1, 8, size, 8) for _ in range(3))
     out, lse = ct.attention(q, k, v, grid=ct.Grid(n=size), return_lse=True)
-    names = {"q": q, "k": k, "v": v, "x": torch.randn(1, size, 256)}
+    names = {"q": q, "k": k, "v": v, "x": torch.randn(1, size, 256), "decay": torch.full((8,), -0.1)}
     names |= {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse}
     for statement in _statements(small):
         if "key_grid" in statement:  # the queries of this line lie on another, coarser grid
