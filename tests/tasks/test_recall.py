@@ -32,7 +32,7 @@ def test_every_key_is_asked_once_and_its_value_is_the_target(pairs: int, spare: 
 
 
 def test_queries_come_soon_rather_than_late() -> None:
-    task = replace(SMALL, length=128, vocabulary=64)
+    task = replace(SMALL, length=128)
     _, targets = sequences(task, 2, 2000, torch.Generator().manual_seed(0))
     places = (targets != IGNORED).float().mean(0)
     assert float(places[4:34].sum()) > 2 * float(places[66:126].sum())
@@ -64,7 +64,7 @@ def test_the_picture_and_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_softmax_and_the_delta_rule_solve_what_plain_sums_do_not() -> None:
-    task = Recall(pairs=(4, 16), length=64, vocabulary=64, steps=600)
+    task = Recall()
     found: dict[str, Found] = {
         one.name: one for one in compare(task, ["softmax", "delta rule, 32", "linear, 8 features"], lambda _: None)
     }

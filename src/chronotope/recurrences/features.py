@@ -169,11 +169,11 @@ class Cosine(FeatureMap):
 
     def forward(self, x: Float[Tensor, "b h n d"], position: Position = None) -> Float[Tensor, "b h n f"]:
         """Both components; `position` counts from 0 where it is not given."""
-        angle = math.pi / 2 * places(x, position) / self.length
+        angle = math.pi / 2 * places(x.to(torch.promote_types(x.dtype, torch.float32)), position) / self.length
         if x.shape[2] and bool(angle[-1] > math.pi / 2):
             raise ChronotopeError(f"Cosine(length={self.length}): got a token at a later place; give a larger length.")
         y = F.relu(x)
-        return torch.cat((y * angle.cos()[:, None], y * angle.sin()[:, None]), -1)
+        return torch.cat((y * angle.cos()[:, None].to(x.dtype), y * angle.sin()[:, None].to(x.dtype)), -1)
 
     def size(self, d: int) -> int:
         """2 d."""
@@ -194,8 +194,9 @@ class Lrpe(FeatureMap):
 
     def forward(self, x: Float[Tensor, "b h n d"], position: Position = None) -> Float[Tensor, "b h n f"]:
         """Both components; `position` counts from 0 where it is not given."""
-        angle = places(x, position)[:, None] * self.theta[:, None, :].to(x.dtype)
-        return torch.cat((x * angle.cos(), x * angle.sin()), -1)
+        exact = torch.promote_types(x.dtype, torch.float32)  # a place above 256 is not a number of bfloat16
+        angle = places(x.to(exact), position)[:, None] * self.theta[:, None, :].to(exact)
+        return torch.cat((x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)), -1)
 
     def size(self, d: int) -> int:
         """2 d."""
