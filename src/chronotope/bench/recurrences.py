@@ -23,6 +23,8 @@ SIDE = 2048
 LONGEST_SOFTMAX = 16384
 LONGEST_TRAINED = 16384
 RIGHT = 1e-4
+AT_LEAST = 8192
+"""Tokens of a run: a shorter sequence is computed as often as makes so many, or waking threads up would be measured."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,12 @@ def _length(n: int, settings: Settings) -> Iterator[list[Row]]:
                 runs[label] = _forward(inputs, backend.name)
                 if n <= LONGEST_TRAINED:
                     runs[f"{label} | {BOTH}"] = _training(inputs, backend.name)
-    seconds = {name: [parts[0] for parts in rounds] for name, rounds in paired(runs, settings.rounds, 20.0).items()}
+    times = max(1, AT_LEAST // n)
+    repeated = {name: run if name == PEAK else _repeated(run, times) for name, run in runs.items()}
+    seconds = {
+        name: [parts[0] / (1 if name == PEAK else times) for parts in rounds]
+        for name, rounds in paired(repeated, settings.rounds, 20.0).items()
+    }
     for name in (PEAK, SOFTMAX):
         if name in seconds:
             yield [_row(name, n, name, FORWARD, settings, seconds[name])]
@@ -125,6 +132,14 @@ def _out(inputs: dict[str, Tensor], backend: str) -> Tensor | None:
         return ct.recurrence(**inputs, backend=backend)[0]  # type: ignore[arg-type]
     except ct.UnsupportedError:
         return None
+
+
+def _repeated(run: Run, times: int) -> Run:
+    def several(lap: Lap) -> None:
+        for _ in range(times):
+            run(lap)
+
+    return several
 
 
 def _product() -> Run:
