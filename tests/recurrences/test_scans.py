@@ -245,3 +245,9 @@ def test_refusals_say_what_was_given():
         linear_recurrence(torch.ones(3, 5), x)
     with pytest.raises(ChronotopeError, match=r"initial is \[5\]; expected \[2\]"):
         linear_recurrence(x, x, torch.ones(5))
+
+
+def test_one_tensor_is_scanned_as_it_is() -> None:
+    x = torch.rand(3, 7, 2, dtype=torch.float64)
+    torch.testing.assert_close(scan(torch.add, x), x.cumsum(1))
+    torch.testing.assert_close(scan(torch.maximum, x, dim=0, reverse=True), x.flip(0).cummax(0).values.flip(0))

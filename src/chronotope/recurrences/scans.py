@@ -21,12 +21,13 @@ Elements = tuple[Tensor, ...]
 Op = Callable[[Elements, Elements], Elements]
 
 
-def scan(op: Op, elements: Elements, dim: int = 1, reverse: bool = False) -> Elements:
+def scan(op: Callable[[Any, Any], Any], elements: Any, dim: int = 1, reverse: bool = False) -> Any:
     """All prefixes of an associative operator, the element itself included.
 
     Args:
         op: `op(earlier, later)` on two tuples of tensors; returns a tuple of the same shapes. It must be associative.
-        elements: tensors with N along `dim`; their other dimensions, and how many there are, may differ.
+        elements: tensors with N along `dim`; their other dimensions, and how many there are, may differ. One tensor
+            instead of a tuple: `op` takes and returns tensors, and so does `scan`.
         dim: the scanned dimension of every tensor; negative numbers count from the end of each.
         reverse: scan from the last element to the first: what is earlier then has the larger index.
 
@@ -35,9 +36,11 @@ def scan(op: Op, elements: Elements, dim: int = 1, reverse: bool = False) -> Ele
     Raises ChronotopeError: no elements, differing lengths, an operator that changes shapes.
 
     Example:
-        >>> scan(lambda a, b: (a[0] * b[0],), (torch.tensor([1.0, 2.0, 3.0, 4.0]),), dim=0)
-        (tensor([ 1.,  2.,  6., 24.]),)
+        >>> scan(torch.mul, torch.tensor([1.0, 2.0, 3.0, 4.0]), dim=0)
+        tensor([ 1.,  2.,  6., 24.])
     """
+    if isinstance(elements, Tensor):
+        return scan(lambda a, b: (op(a[0], b[0]),), (elements,), dim, reverse)[0]
     dims = _check(elements, dim)
     if reverse:
         flipped = tuple(x.flip(d) for x, d in zip(elements, dims, strict=True))
