@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import chronotope as ct
 from chronotope import features
 from chronotope.grid import Grid
-from chronotope.nn import Attention, Block, Decay, DeepMemory, Mamba2, Mixer, Recurrence, ShortConv, Stack
+from chronotope.memories import Descent, Matrix, Memory
+from chronotope.nn import Attention, Block, Decay, DeepMemory, Mamba2, MemoryGates, Mixer, Recurrence, ShortConv, Stack
 from chronotope.patterns import Pattern
 from chronotope.planning.parse import unknown_name
 from chronotope.tasks.training import quiet
@@ -169,6 +170,10 @@ def menu(task: Recall) -> dict[str, Makes]:
             dim, heads, head_dim=size, value_dim=value, **{k: part() for k, part in parts.items()}
         )
 
+    def descent() -> Mixer:
+        memory = Memory(learner=Matrix(), optimizer=Descent())
+        return DeepMemory(dim, heads, memory=memory, gates=MemoryGates(dim, heads, memory, rate=0.3), chunk=8)
+
     window = softmax(ct.window(n=(15, 0)))
     return {
         "softmax": (softmax(ct.causal()),),
@@ -182,6 +187,7 @@ def menu(task: Recall) -> dict[str, Makes]:
         "delta rule, 32": (recurrence(32, delta),),
         "delta rule, 32, window of 16": (recurrence(32, delta), window),
         "Mamba-2, 32 states": (lambda: Mamba2(dim, 32, head_dim=dim // heads),),
+        "matrix memory by descent": (descent,),
         "deep memory": (lambda: DeepMemory(dim, heads, chunk=16),),
     }
 
