@@ -14,11 +14,7 @@ WHY = {
     ("native", "radial"): "the published block of 128 hides little of 8 frames: the bound itself is near 1",
     ("native", "full"): "the same work as dense, by another kernel",
     ("native", "8x64x64"): "rows of 64 numbers a frame apart, and the arithmetic of 8 keys, which a copy has not",
-    (
-        "native",
-        "32x32x32",
-    ): "the two products for 32 keys, 1.07 GFLOP, take a fifth of what rearranging takes where they run "
-    "as fast as a large matrix product, and reading and writing once a seventh: together 2.8 times is the most",
+    ("native", "32x32x32"): "the arithmetic of 32 keys, beside reading and writing once: neither is the limit alone",
     ("torch", "temporal"): "copies keys and values into tiles first, and memory is the limit",
     ("torch", "axial"): "copies keys and values into tiles first, three times, and memory is the limit",
     ("torch", "8x64x64"): "copies q, k and v into tiles, as rearranging does, and writes out the scores of short rows",
