@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,35 +16,26 @@ from chronotope.grid import Grid
 PREFIX_TILE = 128
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A grid cut in tiles of one shape, smaller at the end of an axis. Prefix tokens have tiles of their own."""
+class Order(ABC):
+    """Tokens in the order in which they are laid out, cut in tiles."""
 
     grid: Grid
-    tile: tuple[int, ...]
+    """Where the tokens are: `grid.size` is their number."""
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Number of tiles on each axis."""
-        return tuple(-(-n // size) for n, size in zip(self.grid.shape, self.tile, strict=True))
-
-    @property
+    @abstractmethod
     def prefix_tiles(self) -> int:
         """Number of tiles that hold the prefix; they come first."""
-        return -(-self.grid.prefix // PREFIX_TILE)
 
-    @cached_property
+    @property
+    @abstractmethod
     def start(self) -> Int64[Tensor, "tiles_and_one"]:
         """Where each tile starts in `order`, and the end."""
-        prefix = torch.full((self.prefix_tiles,), PREFIX_TILE)
-        if self.prefix_tiles:
-            prefix[-1] = self.grid.prefix - PREFIX_TILE * (self.prefix_tiles - 1)
-        volume = torch.ones(1, dtype=torch.int64)
-        for n, size, count in zip(self.grid.shape, self.tile, self.counts, strict=True):
-            extent = torch.full((count,), size)
-            extent[-1] = n - size * (count - 1)
-            volume = (volume[:, None] * extent[None, :]).flatten()
-        return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([prefix, volume]).cumsum(0)])
+
+    @property
+    @abstractmethod
+    def order(self) -> Int64[Tensor, "tokens"]:
+        """The token at each position of the layout."""
 
     @cached_property
     def sizes(self) -> Int64[Tensor, "tiles"]:
@@ -51,12 +43,11 @@ class Layout:
         return self.start.diff()
 
     @cached_property
-    def order(self) -> Int64[Tensor, "tokens"]:
-        """The token at each position of the layout."""
-        tile = torch.zeros(1, dtype=torch.int64)
-        for n, size, count in zip(self.grid.shape, self.tile, self.counts, strict=True):
-            tile = (tile[:, None] * count + torch.arange(n)[None, :] // size).flatten()
-        return torch.cat([torch.arange(self.grid.prefix), self.grid.prefix + torch.argsort(tile, stable=True)])
+    def tile_of(self) -> Int64[Tensor, "tokens"]:
+        """The tile of each token."""
+        out = torch.empty_like(self.order)
+        out[self.order] = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
+        return out
 
     def tokens(self, tiles: Int64[Tensor, "*some"]) -> Int64[Tensor, "*some size"]:
         """The tokens of tiles of one size."""
@@ -71,6 +62,42 @@ class Layout:
         out[self.order] = chosen.repeat_interleave(self.sizes)
         return out
 
+
+@dataclass(frozen=True)
+class Layout(Order):
+    """A grid cut in tiles of one shape, smaller at the end of an axis. Prefix tokens have tiles of their own."""
+
+    grid: Grid
+    tile: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of tiles on each axis."""
+        return tuple(-(-n // size) for n, size in zip(self.grid.shape, self.tile, strict=True))
+
+    @property
+    def prefix_tiles(self) -> int:
+        return -(-self.grid.prefix // PREFIX_TILE)
+
+    @cached_property
+    def start(self) -> Int64[Tensor, "tiles_and_one"]:
+        prefix = torch.full((self.prefix_tiles,), PREFIX_TILE)
+        if self.prefix_tiles:
+            prefix[-1] = self.grid.prefix - PREFIX_TILE * (self.prefix_tiles - 1)
+        volume = torch.ones(1, dtype=torch.int64)
+        for n, size, count in zip(self.grid.shape, self.tile, self.counts, strict=True):
+            extent = torch.full((count,), size)
+            extent[-1] = n - size * (count - 1)
+            volume = (volume[:, None] * extent[None, :]).flatten()
+        return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([prefix, volume]).cumsum(0)])
+
+    @cached_property
+    def order(self) -> Int64[Tensor, "tokens"]:
+        tile = torch.zeros(1, dtype=torch.int64)
+        for n, size, count in zip(self.grid.shape, self.tile, self.counts, strict=True):
+            tile = (tile[:, None] * count + torch.arange(n)[None, :] // size).flatten()
+        return torch.cat([torch.arange(self.grid.prefix), self.grid.prefix + torch.argsort(tile, stable=True)])
+
     def boxes(self, tiles: Int64[Tensor, "p"]) -> Boxes:
         """The coordinates that tiles cover."""
         index = (tiles - self.prefix_tiles).clamp(min=0)
@@ -82,3 +109,28 @@ class Layout:
             hi[axis] = (lo[axis] + size).clamp(max=n) - 1
             index = index // count
         return Boxes(self.grid, lo, hi, tiles < self.prefix_tiles if self.prefix_tiles else None)
+
+
+@dataclass(frozen=True)
+class Copies(Order):
+    """A layout for each of `count` sequences that lie one after the other, such as the heads of a batch."""
+
+    layout: Layout
+    count: int
+
+    @cached_property
+    def grid(self) -> Grid:  # type: ignore[override]
+        return Grid(token=self.count * self.layout.grid.size)
+
+    @property
+    def prefix_tiles(self) -> int:
+        return 0
+
+    @cached_property
+    def start(self) -> Int64[Tensor, "tiles_and_one"]:
+        first = torch.arange(self.count)[:, None] * self.layout.grid.size + self.layout.start[:-1]
+        return torch.cat([first.flatten(), torch.tensor([self.grid.size])])
+
+    @cached_property
+    def order(self) -> Int64[Tensor, "tokens"]:
+        return (torch.arange(self.count)[:, None] * self.layout.grid.size + self.layout.order).flatten()

@@ -10,7 +10,7 @@ from jaxtyping import Int32
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from chronotope.planning.tiles import Tiles
+    from chronotope.planning.tiling import Tiling
 
 FULL = -1
 
@@ -19,7 +19,7 @@ FULL = -1
 class Rows:
     """For each tile of one side the tiles of the other that it meets: those from start[i] to start[i + 1].
 
-    `kind`: equal numbers mean equal element masks (`Tiles.kinds` has one pair of tiles of each kind); -1: all visible.
+    `kind`: equal numbers mean equal element masks (`Tiling.kinds` has one pair of tiles of each kind); -1: all visible.
     """
 
     start: Int32[Tensor, "tiles_and_one"]
@@ -31,20 +31,20 @@ class Rows:
         return Rows(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def by_query(tiles: Tiles) -> Rows:
+def by_query(tiles: Tiling) -> Rows:
     """Key tiles of each query tile, in order."""
     found = tiles.found
     return _rows(found.rows, found.cols, _kinds(tiles), len(tiles.q.sizes))
 
 
-def by_key(tiles: Tiles) -> Rows:
+def by_key(tiles: Tiling) -> Rows:
     """Query tiles of each key tile, in order: the transpose."""
     found = tiles.found
     order = torch.argsort(found.cols, stable=True)
     return _rows(found.cols[order], found.rows[order], _kinds(tiles)[order], len(tiles.k.sizes))
 
 
-def _kinds(tiles: Tiles) -> Tensor:
+def _kinds(tiles: Tiling) -> Tensor:
     out = torch.full(tiles.found.rows.shape, FULL)
     out[~tiles.found.full] = tiles.partial_kinds[2]
     return out

@@ -15,17 +15,9 @@ from torch import Tensor
 from chronotope.boxes import Boxes
 from chronotope.patterns import Pattern
 from chronotope.planning.layout import Layout
+from chronotope.planning.tiling import Found
 
 AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Found:
-    """Pairs of tiles in order of (row, column): query tile, key tile, and whether every token pair is visible."""
-
-    rows: Int64[Tensor, "p"]
-    cols: Int64[Tensor, "p"]
-    full: Bool[Tensor, "p"]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ struct Place {
 // Rows [tokens][width] of a chunk; zeros beyond its last token.
 inline void read_rows(const Tensor& x, const Place& at, int64_t size, int64_t width, int64_t tokens, float* out) {
   for (int64_t i = 0; i < at.count; ++i)
-    read(x, FLOAT, at.batch, at.head, at.from + i, size, 1.0f, width, out + i * width);
+    read(x, FLOAT, at.batch, at.head, at.from + i, size, width, out + i * width);
   std::fill(out + at.count * width, out + tokens * width, 0.0f);
 }
 

@@ -127,7 +127,7 @@ class Tables:
     def of(cls, tiles: Tiles, library: ctypes.CDLL) -> Tables:
         """Reads a plan for the vectors of this machine."""
         lanes, strip = library.chronotope_lanes(), library.chronotope_strip()
-        sees, seen = sighted(tiles)
+        sees, seen = tiles.sighted
         rows = tiles.by_query
         listed = torch.bincount(rows.tile, minlength=len(tiles.k.sizes))
         bits, mask = _masks(tiles, library, lanes, strip)
@@ -142,23 +142,6 @@ class Tables:
             bool((listed <= 1).all()),
             bool((listed > 0).all()),
         )
-
-
-def sighted(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Which queries see some key, and which keys are seen by some query; by token."""
-    found = tiles.found
-    sees, seen = tiles.q.spread(found.rows[found.full]), tiles.k.spread(found.cols[found.full])
-    if bool(sees.all()) and bool(seen.all()):
-        return sees, seen
-    rows, cols, kinds = tiles.partial_kinds
-    for part, mask in tiles.kind_masks():
-        here = (kinds >= part.start) & (kinds < part.stop)
-        for side, tile, other in ((sees, (tiles.q, rows), mask.any(2)), (seen, (tiles.k, cols), mask.any(1))):
-            layout, index = tile[0], tile[1][here]
-            some = other[kinds[here] - part.start]
-            position = layout.start[index][:, None] + torch.arange(some.shape[1])
-            side[layout.order[position[some]]] = torch.ones((), dtype=torch.bool)
-    return sees, seen
 
 
 def words(tiles: Tiles, lanes: int = 16, strip: int = 8) -> Tensor:
