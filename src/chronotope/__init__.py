@@ -33,6 +33,7 @@ from chronotope.patterns import (
 from chronotope.planning import Plan, load_plan, parse_pattern, plan
 from chronotope.position import Rope
 from chronotope.recurrences import RecurrentState, features, linear_attention, normalizers, recurrence, scan
+from chronotope.routing import Fidelity, fidelity, route
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "Alibi",
     "Bias",
     "ChronotopeError",
+    "Fidelity",
     "Grid",
     "Pattern",
     "Plan",
@@ -54,6 +56,7 @@ __all__ = [
     "causal",
     "draw",
     "features",
+    "fidelity",
     "full",
     "graph",
     "linear_attention",
@@ -68,6 +71,7 @@ __all__ = [
     "plan",
     "predicate",
     "recurrence",
+    "route",
     "scan",
     "segments",
     "sinks",

@@ -17,7 +17,8 @@ from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.grid import Grid
 from chronotope.kernels import BACKENDS, Backend, Call, Facts, Scores, backends, bias_tensors, run
 from chronotope.patterns import Pattern
-from chronotope.planning import Part, Plan, plan
+from chronotope.planning import Plan, Tiling, plan
+from chronotope.routed import attend, chosen, of_heads
 
 AUTOCAST = ("cpu", "cuda")
 
@@ -114,11 +115,15 @@ def attention(
     biases = bias if isinstance(bias, Bias) else None
     # Plain values: a compiler that traces this function can hand them on.
     facts = (q.device.type, q.dtype, q.shape[3], v.shape[3])
+    if isinstance(where, Pattern) and where.routes:
+        scores = Scores(scale, softcap, None, bias is not None, (), ())
+        out, lse = _routed(q, k, v, where, grid, key_grid, scores, backend)
+        return (out, lse) if return_lse else out
     request = (where, grid, key_grid, q.shape[1], facts, (scale, softcap), bias is not None, biases, backend)
     parts: Sequence[tuple[Heads, Call | str]]
     parts = named_calls(*request) if torch.compiler.is_compiling() else calls(*request)
     with torch.autocast(q.device.type, enabled=False) if q.device.type in AUTOCAST else nullcontext():
-        results = [run(*_heads(q, k, v, heads), bias_tensors(bias), call) for heads, call in parts]
+        results = [run(*of_heads(q, k, v, heads), bias_tensors(bias), call) for heads, call in parts]
     out, lse = results[0] if len(results) == 1 else _gather(results, [heads for heads, _ in parts])
     return (out, lse) if return_lse else out
 
@@ -141,7 +146,7 @@ def calls(
     out = []
     for part in _plan(where, grid, key_grid, heads).parts:
         own = Scores(*scores, bias, biased, (), part.heads)
-        out.append((part.heads, Call(_choose(backend, Facts(*facts), part, own), part.tiles, own)))
+        out.append((part.heads, Call(_choose(backend, Facts(*facts), part.tiles, own), part.tiles, own)))
     return out
 
 
@@ -171,27 +176,35 @@ def _plan(where: Pattern | Plan | None, grid: Grid, key_grid: Grid, heads: int) 
     return where
 
 
-def _choose(name: str, facts: Facts, part: Part, scores: Scores) -> Backend:
+def _choose(name: str, facts: Facts, tiles: Tiling, scores: Scores) -> Backend:
     """The first backend by priority that can run the call, or the one named, or the error with all reasons."""
     if name != "auto" and name not in BACKENDS:
         raise UnsupportedError(f"backend {name!r} is unknown; there are: auto, {', '.join(BACKENDS)}.")
     asked = backends() if name == "auto" else [BACKENDS[name]]
     refusals = []
     for backend in asked:
-        reasons = backend.reasons(facts, part.tiles, scores)
+        reasons = backend.reasons(facts, tiles, scores)
         if not reasons:
             return backend
         refusals.append(f"{backend.name}: {'; '.join(reasons)}")
     raise UnsupportedError(f"no backend can run this call (backend={name!r}):\n  " + "\n  ".join(refusals))
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of some heads; keys are repeated where these heads do not share them evenly."""
-    if len(heads) == q.shape[1]:
-        return q, k, v
-    group = q.shape[1] // k.shape[1]
-    own = [head // group for head in heads]
-    return q[:, list(heads)], k[:, own], v[:, own]
+@torch.compiler.disable
+def _routed(
+    q: Tensor, k: Tensor, v: Tensor, where: Pattern, grid: Grid, key_grid: Grid, scores: Scores, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Lets the routes choose, then runs what they chose."""
+    if scores.biased:
+        raise UnsupportedError(f"{where!r} with a bias: no kernel adds one to what a route chose; leave out either.")
+    facts = Facts(q.device.type, q.dtype, q.shape[3], v.shape[3])
+    with torch.autocast(q.device.type, enabled=False) if q.device.type in AUTOCAST else nullcontext():
+        parts = chosen(where, q, k, grid, key_grid)
+        results = [
+            attend(*of_heads(q, k, v, heads), tiles, scores, lambda *call: _choose(backend, facts, *call))
+            for heads, tiles in parts
+        ]
+    return results[0] if len(results) == 1 else _gather(results, [heads for heads, _ in parts])
 
 
 def _gather(results: list[tuple[Tensor, Tensor]], heads: list[Heads]) -> tuple[Tensor, Tensor]:

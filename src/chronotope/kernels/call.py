@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chronotope.bias import Bias
 from chronotope.grid import Coords, joint_shape
-from chronotope.planning import Tiles
+from chronotope.planning import Tiles, Tiling
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scores:
 
     def values(
         self,
-        tiles: Tiles,
+        tiles: Tiling,
         queries: Int64[Tensor, "g q_tokens"],
         keys: Int64[Tensor, "g k_tokens"],
     ) -> Float[Tensor, "b h g q_tokens k_tokens"] | None:
@@ -103,9 +103,9 @@ Results = tuple[Tensor, Tensor]
 """out [B, H, Nq, Dv] and lse [B, H, Nq]."""
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 """Of q, k, v, and of each of the tensors behind the bias, None where it is not wanted."""
-Forward = Callable[[Tensor, Tensor, Tensor, Tiles, Scores], Results]
+Forward = Callable[[Tensor, Tensor, Tensor, Tiling, Scores], Results]
 """(q, k, v, tiles, scores) -> (out, lse)."""
-Reasons = Callable[[Facts, Tiles, Scores], list[str]]
+Reasons = Callable[[Facts, Tiling, Scores], list[str]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,13 @@ class Known:
     wanted: tuple[bool, ...]
 
 
-Backward = Callable[[Known, Tiles, Scores], Gradients]
+Backward = Callable[[Known, Tiling, Scores], Gradients]
+
+
+def of_pattern(tiles: Tiling) -> Tiles:
+    """The tiles of a pattern, for kernels that run no routes: `Backend.reasons` has refused all others."""
+    assert isinstance(tiles, Tiles)
+    return tiles
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,14 @@ class Backend:
     softcap: bool = True
     grouped_heads: bool = True
     cross_grids: bool = True
+    routes: bool = True
     value_size: bool = True
     tested_on: str = "cpu"
     priority: int = 0
     largest_pairs: int | None = None
     also: Reasons | None = None
 
-    def reasons(self, facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
+    def reasons(self, facts: Facts, tiles: Tiling, scores: Scores) -> list[str]:
         """Why this backend cannot run the call; empty where it can."""
         out = []
         if facts.device not in self.devices:
@@ -168,6 +175,8 @@ class Backend:
             out.append("has no softcap")
         if tiles.q.grid != tiles.k.grid and not self.cross_grids:
             out.append("takes one grid for queries and keys")
+        if not self.routes and not isinstance(tiles, Tiles):
+            out.append("runs patterns only, no routes")
         if facts.head_size != facts.value_size and not self.value_size:
             out.append(f"takes values of the size of the keys, got {facts.value_size} and {facts.head_size}")
         pairs = tiles.q.grid.size * tiles.k.grid.size

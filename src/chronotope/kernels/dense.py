@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chronotope.kernels.call import Scores
-from chronotope.planning import Group, Tiles
+from chronotope.planning import Group, Tiling
 
 Block = Float[Tensor, "b hk g rows d"]
 Keys = Float[Tensor, "b hk g keys d"]
@@ -58,7 +58,7 @@ class Piece:
         mask = self.group.mask
         return None if mask is None else mask[self.rows].to(q.device).repeat(q.shape[1] // k.shape[1], 1)
 
-    def bias(self, scores: Scores, tiles: Tiles, k: Tensor) -> Tensor | None:
+    def bias(self, scores: Scores, tiles: Tiling, k: Tensor) -> Tensor | None:
         """The bias as blocks [B or 1, Hk, G, rows, keys]."""
         values = scores.values(tiles, self.q_tokens.to(k.device), self.k_tokens.to(k.device))
         if values is None:

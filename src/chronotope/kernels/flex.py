@@ -18,9 +18,9 @@ from torch import Tensor
 
 from chronotope.bias import Relative
 from chronotope.grid import Coords
-from chronotope.kernels.call import Backend, Facts, Scores
+from chronotope.kernels.call import Backend, Facts, Scores, of_pattern
 from chronotope.kernels.relative import only_relative, relative
-from chronotope.planning import Layout, Tiles
+from chronotope.planning import Layout, Order, Tiles, Tiling
 
 BLOCK = 128  # what FlexAttention's kernels take whatever their own block sizes are
 SMALLEST_HEAD = 16
@@ -73,7 +73,7 @@ class Side:
         return Side(self.length, token, real, place, sighted, self.whole)
 
 
-def padded(layout: Layout, block: int) -> int:
+def padded(layout: Order, block: int) -> int:
     """Positions of a tile: the tokens of the largest, up to a multiple of the block."""
     return -(-int(layout.sizes.max()) // block) * block
 
@@ -260,14 +260,14 @@ def forward(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """Attention over the tiles of a plan by compiled FlexAttention."""
-    return attend(q, k, v, tiles, scores, compiled())
+    return attend(q, k, v, of_pattern(tiles), scores, compiled())
 
 
-def reasons(facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
+def reasons(facts: Facts, tiles: Tiling, scores: Scores) -> list[str]:
     """Why FlexAttention cannot, or should not, run these tiles."""
     out = only_relative(facts, tiles, scores)
     if min(facts.head_size, facts.value_size) < SMALLEST_HEAD:
@@ -299,6 +299,7 @@ FLEX = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     head_sizes=f">= {SMALLEST_HEAD}",
     differentiable="once",
+    routes=False,
     tested_on="no GPU yet; its tables and scores on cpu",
     priority=5,
     also=reasons,

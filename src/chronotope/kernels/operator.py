@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.kernels.call import Backend, Gradients, Known, Scores, blank
 from chronotope.kernels.tiled import gradients
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Call:
     """Which kernel runs which tiles; the tensors of the scores come with the operator's arguments."""
 
     backend: Backend
-    tiles: Tiles
+    tiles: Tiling
     scores: Scores
 
 
@@ -130,7 +130,7 @@ def _as(x: Tensor, gradient: Tensor | None) -> Tensor:
 def _by_autograd(backend: Backend) -> Any:
     """The backward pass of a kernel that has none of its own."""
 
-    def compute(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
+    def compute(known: Known, tiles: Tiling, scores: Scores) -> Gradients:
         def run(q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             return backend.forward(q, k, v, tiles, scores.given(tensors))
 

@@ -7,14 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chronotope.kernels.call import Backend, Scores
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 
 def reference(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """out = softmax(softcap(scale * q k^T) + bias, over the visible keys) v, and lse, the log of the softmax's sum.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from chronotope.bias import Relative
 from chronotope.kernels.call import Facts, Scores
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 
-def relative(scores: Scores, tiles: Tiles) -> list[Relative]:
+def relative(scores: Scores, tiles: Tiling) -> list[Relative]:
     """The bias object of a call as tables for its heads, float32; the score of a pair is their sum."""
     if scores.bias is None:
         return []
@@ -21,7 +21,7 @@ def relative(scores: Scores, tiles: Tiles) -> list[Relative]:
     return [replace(one, table=one.table[list(scores.heads)].float()) for one in found]
 
 
-def pull(scores: Scores, tiles: Tiles, dtables: list[Tensor]) -> list[Tensor | None]:
+def pull(scores: Scores, tiles: Tiling, dtables: list[Tensor]) -> list[Tensor | None]:
     """The gradients of the tensors behind a bias object, given those of its tables."""
     if not dtables:
         return [None] * len(scores.tensors)
@@ -33,7 +33,7 @@ def pull(scores: Scores, tiles: Tiles, dtables: list[Tensor]) -> list[Tensor | N
     return list(back(dtables))
 
 
-def only_relative(facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
+def only_relative(facts: Facts, tiles: Tiling, scores: Scores) -> list[str]:
     """Why a kernel that looks scores up in tables cannot add this bias."""
     if scores.bias is None:
         return []

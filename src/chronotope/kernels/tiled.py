@@ -15,7 +15,7 @@ from torch import Tensor
 from chronotope.kernels import dense
 from chronotope.kernels.call import Backend, Gradients, Known, Scores, blank
 from chronotope.kernels.dense import Additive, Piece
-from chronotope.planning import Group, Tiles
+from chronotope.planning import Group, Tiling
 
 GATHERED = 1 << 21  # numbers of k and v copied at once: they should stay in the cache
 SCORED = 1 << 21  # scores held at once where they are written out
@@ -25,7 +25,7 @@ def forward(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """Attention over the tiles of a plan: (out, lse). The meaning is `kernels.reference`."""
@@ -50,7 +50,7 @@ def forward(
     return out.to(q.dtype), lse
 
 
-def _without_unseen(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+def _without_unseen(q: Tensor, k: Tensor, v: Tensor, tiles: Tiling) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros in place of what no one looks at: a masked NaN would still spread through 0 * NaN."""
     sees, seen = (None if bool(some.all()) else some[:, None].to(q.device) for some in tiles.sighted)
     q = q if sees is None else torch.where(sees, q, 0.0)
@@ -58,7 +58,7 @@ def _without_unseen(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tens
     return q, k, v
 
 
-def gradients(known: Known, tiles: Tiles, scores: Scores, differentiable: bool = False) -> Gradients:
+def gradients(known: Known, tiles: Tiling, scores: Scores, differentiable: bool = False) -> Gradients:
     """Gradients of one call. With P the probabilities, D = sum(dout * out) - dlse per query:
 
     dV = P^T dout,  dS = P * (dout V^T - D),  dQ = scale * dS' K,  dK = scale * dS'^T Q,  dbias = dS
@@ -107,7 +107,7 @@ class Learned:
         self.chosen = [i for i, want in enumerate(wanted) if want]
         self.total: list[Tensor | None] = [None] * len(scores.tensors)
 
-    def bias(self, piece: Piece, tiles: Tiles, k: Tensor) -> tuple[Tensor | None, Pull | None]:
+    def bias(self, piece: Piece, tiles: Tiling, k: Tensor) -> tuple[Tensor | None, Pull | None]:
         """The bias of a piece, and the function that takes its gradient to the chosen tensors."""
         scores = self.scores
         if not scores.biased or not self.chosen:

@@ -2,6 +2,7 @@
 
 from chronotope.patterns.base import And, Not, Or, Pattern, PerHead, per_head
 from chronotope.patterns.order import causal, full, nothing, sinks
+from chronotope.patterns.route import Route
 from chronotope.patterns.separable import along, blocks, strided, window
 from chronotope.patterns.tables import graph, predicate, segments
 
@@ -11,6 +12,7 @@ __all__ = [
     "Or",
     "Pattern",
     "PerHead",
+    "Route",
     "along",
     "blocks",
     "causal",

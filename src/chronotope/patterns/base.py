@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -93,6 +94,21 @@ class Pattern(ABC):
         """The pattern of one head."""
         return self
 
+    @property
+    def routes(self) -> tuple[Pattern, ...]:
+        """The parts that content decides, each once."""
+        return ()
+
+    def given(self, decided: Mapping[Pattern, Pattern]) -> Pattern:
+        """The same expression with other patterns in place of some of its leaves."""
+        return decided.get(self, self)
+
+    def select(self, q: Tensor, k: Tensor, grid: Grid, key_grid: Grid | None = None) -> Bool[Tensor, "b h nq nk"]:
+        """What every query sees, q [B, H, Nq, D] and k [B, Hk, Nk, D] being where routes choose. For small grids."""
+        from chronotope.routed import select  # below this layer nothing is known of tensors
+
+        return select(self, q, k, grid, key_grid)
+
     def __bool__(self) -> bool:
         raise ChronotopeError(f"{self!r} is neither true nor false: join patterns by & | ~, and ask `is None`.")
 
@@ -133,6 +149,13 @@ class Joint(Pattern, ABC):
 
     def head(self, index: int) -> Pattern:
         return self if self.heads is None else type(self)(tuple(part.head(index) for part in self.parts))
+
+    @property
+    def routes(self) -> tuple[Pattern, ...]:
+        return tuple(dict.fromkeys(route for part in self.parts for route in part.routes))
+
+    def given(self, decided: Mapping[Pattern, Pattern]) -> Pattern:
+        return type(self)(tuple(part.given(decided) for part in self.parts)) if self.routes else self
 
     def alike(self, q: Boxes, k: Boxes) -> Int64[Tensor, "p"]:
         return identify(*(part.alike(q, k) for part in self.parts))
@@ -215,6 +238,13 @@ class Not(Pattern):
     def head(self, index: int) -> Pattern:
         return Not(self.part.head(index))
 
+    @property
+    def routes(self) -> tuple[Pattern, ...]:
+        return self.part.routes
+
+    def given(self, decided: Mapping[Pattern, Pattern]) -> Pattern:
+        return Not(self.part.given(decided))
+
     def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
         return ~self.part._sees(q, k)
 
@@ -251,6 +281,13 @@ class PerHead(Pattern):
 
     def head(self, index: int) -> Pattern:
         return self.patterns[index]
+
+    @property
+    def routes(self) -> tuple[Pattern, ...]:
+        return tuple(dict.fromkeys(route for pattern in self.patterns for route in pattern.routes))
+
+    def given(self, decided: Mapping[Pattern, Pattern]) -> Pattern:
+        return PerHead(tuple(pattern.given(decided) for pattern in self.patterns))
 
     def check(self, grid: Grid, key_grid: Grid) -> None:
         for pattern in self.patterns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -134,3 +136,53 @@ class Copies(Order):
     @cached_property
     def order(self) -> Int64[Tensor, "tokens"]:
         return (torch.arange(self.count)[:, None] * self.layout.grid.size + self.layout.order).flatten()
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A fine layout inside of a coarse one, whose tiles are, on each axis, whole tiles of the fine one, or the axis."""
+
+    fine: Layout
+    coarse: Layout
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Of each fine tile with a place: the coarse tile, and its number within."""
+        parent = child = torch.zeros(1, dtype=torch.int64)
+        sizes = zip(self.fine.tile, self.coarse.tile, self.fine.counts, self.coarse.counts, strict=True)
+        for fine, coarse, count, coarse_count in sizes:
+            ratio = count if coarse_count == 1 else coarse // fine
+            at = torch.arange(count)
+            parent = (parent[:, None] * coarse_count + at // ratio).flatten()
+            child = (child[:, None] * ratio + at % ratio).flatten()
+        return parent, child
+
+    @cached_property
+    def parent(self) -> Int64[Tensor, "fine_tiles"]:
+        """The coarse tile of each fine one."""
+        prefix = torch.arange(self.fine.prefix_tiles)
+        return torch.cat([prefix, self._places[0] + self.coarse.prefix_tiles])
+
+    @cached_property
+    def child(self) -> Int64[Tensor, "fine_tiles"]:
+        """The place of each fine tile within its coarse one."""
+        return torch.cat([torch.zeros(self.fine.prefix_tiles, dtype=torch.int64), self._places[1]])
+
+    @cached_property
+    def most(self) -> int:
+        """Places of fine tiles within a coarse one."""
+        return int(self.child.max()) + 1
+
+    @cached_property
+    def count(self) -> Int64[Tensor, "coarse_tiles"]:
+        """Fine tiles in each coarse one."""
+        return torch.bincount(self.parent, minlength=len(self.coarse.sizes))
+
+
+def around(tiles: Sequence[tuple[int, ...]], shape: tuple[int, ...], least: int) -> tuple[int, ...]:
+    """The smallest tile that holds whole tiles of all these shapes, and at least so many tokens, or the axis."""
+    out = [min(math.lcm(*sizes), n) for *sizes, n in zip(*tiles, shape, strict=True)]
+    for axis in reversed(range(len(shape))):
+        times = -(-least // math.prod(out))
+        out[axis] = min(out[axis] * times, shape[axis])
+    return tuple(out)

@@ -138,6 +138,10 @@ def plan(
         raise ChronotopeError(
             f"{where!r} is for {where.heads} heads, but there are {heads}: give one pattern for each query head."
         )
+    if where.routes:
+        raise ChronotopeError(
+            f"{where!r} is decided by q and k, and a plan is made without them: give it to ct.attention."
+        )
     where.check(grid, key_grid)
     return _plan(where, grid, key_grid, where.heads or heads, _shape(tile, grid), costs())
 

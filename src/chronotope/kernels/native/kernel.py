@@ -25,12 +25,12 @@ from chronotope.kernels.native.tables import (
     too_large,
 )
 from chronotope.kernels.relative import only_relative, pull, relative
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGE = 1 << 24
 
-_tables: weakref.WeakKeyDictionary[Tiles, Tables] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[Tiling, Tables] = weakref.WeakKeyDictionary()
 
 
 @cache
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
     return build.library()
 
 
-def tables_of(tiles: Tiles) -> Tables:
+def tables_of(tiles: Tiling) -> Tables:
     """The tables of a plan, made when it first runs."""
     found = _tables.get(tiles)
     if found is None:
@@ -50,7 +50,7 @@ def tables_of(tiles: Tiles) -> Tables:
 class Request:
     """One call, described for C++; holds on to every tensor that the description points to."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles, scores: Scores):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiling, scores: Scores):
         tables = tables_of(tiles)
         self.scores, self.tiles, self.tables = scores, tiles, tables
         self.held: list[Tensor] = []
@@ -154,7 +154,7 @@ def forward(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """Attention over the tiles of a plan: (out, lse). The meaning is `kernels.reference`."""
@@ -164,7 +164,7 @@ def forward(
     return out, lse
 
 
-def backward(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
+def backward(known: Known, tiles: Tiling, scores: Scores) -> Gradients:
     """Gradients from lse, tile by tile; formulas as in `kernels.tiled.gradients`."""
     q, k, v = known.q, known.k, known.v
     request = Request(q, k, v, known.out, known.lse.contiguous(), tiles, scores)
@@ -185,7 +185,7 @@ def backward(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
     return grads[0], grads[1], grads[2], learned
 
 
-def reasons(facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
+def reasons(facts: Facts, tiles: Tiling, scores: Scores) -> list[str]:
     """Why the C++ kernels cannot run a call."""
     out = only_relative(facts, tiles, scores)
     if not out and scores.bias is not None:

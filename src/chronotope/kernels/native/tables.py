@@ -10,7 +10,7 @@ from jaxtyping import Int32
 from torch import Tensor
 
 from chronotope.grid import Coords, Grid
-from chronotope.planning import Layout, Tiles
+from chronotope.planning import Order, Tiling
 
 MOST_AXES = MOST_TERMS = 8
 WORDS_KEPT = 1 << 27  # words of masks that a plan may need whatever the grid; beyond that, so many for each token
@@ -84,7 +84,7 @@ class Padded:
     place: Int32[Tensor, "axes slots"]
 
     @classmethod
-    def of(cls, layout: Layout, live: Tensor, unit: int, onto: Grid) -> Padded:
+    def of(cls, layout: Order, live: Tensor, unit: int, onto: Grid) -> Padded:
         """`live`: by token, whether it sees or is seen. Places are on the axes of `onto`, 0 where it lacks an axis."""
         padded = (layout.sizes + unit - 1) // unit * unit
         first = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
@@ -124,7 +124,7 @@ class Tables:
     covers_keys: bool  # every key tile is listed
 
     @classmethod
-    def of(cls, tiles: Tiles, library: ctypes.CDLL) -> Tables:
+    def of(cls, tiles: Tiling, library: ctypes.CDLL) -> Tables:
         """Reads a plan for the vectors of this machine."""
         lanes, strip = library.chronotope_lanes(), library.chronotope_strip()
         sees, seen = tiles.sighted
@@ -144,20 +144,20 @@ class Tables:
         )
 
 
-def words(tiles: Tiles, lanes: int = 16, strip: int = 8) -> Tensor:
+def words(tiles: Tiling, lanes: int = 16, strip: int = 8) -> Tensor:
     """How many words the mask of each kind takes: for each strip and panel one word for each row of the strip."""
     rows, cols = tiles.kinds
     strips = (tiles.q.sizes[rows] + strip - 1) // strip
     return strips * strip * ((tiles.k.sizes[cols] + lanes - 1) // lanes)
 
 
-def too_large(tiles: Tiles) -> bool:
+def too_large(tiles: Tiling) -> bool:
     """Whether masks would take more memory than a kernel should."""
     most = max(WORDS_KEPT, WORDS_PER_TOKEN * max(tiles.q.grid.size, tiles.k.grid.size))
     return int(words(tiles).sum()) > most
 
 
-def _masks(tiles: Tiles, library: ctypes.CDLL, lanes: int, strip: int) -> tuple[Tensor, Tensor]:
+def _masks(tiles: Tiling, library: ctypes.CDLL, lanes: int, strip: int) -> tuple[Tensor, Tensor]:
     each = words(tiles, lanes, strip)
     first = each.cumsum(0) - each
     bits = torch.empty(int(each.sum()), dtype=torch.int16)

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chronotope.kernels.call import Backend, Gradients, Known, Scores
+from chronotope.kernels.call import Backend, Gradients, Known, Scores, of_pattern
 from chronotope.kernels.triton.limits import HEAD_SIZE, reasons
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -23,20 +23,20 @@ def forward(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """Attention over the tiles of a plan: (out, lse). The meaning is `kernels.reference`."""
     from chronotope.kernels.triton.forward_pass import forward
 
-    return forward(q, k, v, tiles, scores)
+    return forward(q, k, v, of_pattern(tiles), scores)
 
 
-def backward(known: Known, tiles: Tiles, scores: Scores) -> Gradients:
+def backward(known: Known, tiles: Tiling, scores: Scores) -> Gradients:
     """Gradients of one call."""
     from chronotope.kernels.triton.backward_pass import backward
 
-    return backward(known, tiles, scores)
+    return backward(known, of_pattern(tiles), scores)
 
 
 TRITON = Backend(
@@ -47,6 +47,7 @@ TRITON = Backend(
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     dtypes=(torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16),
     head_sizes=f"up to {HEAD_SIZE}",
+    routes=False,
     tested_on="interpreter only",
     priority=-1 if INTERPRETED else 20,
     also=reasons,

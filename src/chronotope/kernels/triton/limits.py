@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from chronotope.kernels.call import Facts, Scores
+from chronotope.kernels.call import Facts, Scores, of_pattern
 from chronotope.kernels.relative import only_relative
-from chronotope.planning import Tiles
+from chronotope.planning import Tiles, Tiling
 
 HEAD_SIZE = 256
 MASK_WORDS = 1 << 28  # 1 GiB of element masks
@@ -17,9 +17,9 @@ def mask_words(tiles: Tiles) -> tuple[int, int, int]:
     return len(tiles.kinds[0]), int(tiles.q.sizes.max()), (int(tiles.k.sizes.max()) + 31) // 32
 
 
-def reasons(facts: Facts, tiles: Tiles, scores: Scores) -> list[str]:
+def reasons(facts: Facts, tiling: Tiling, scores: Scores) -> list[str]:
     """Why these kernels cannot run a call."""
-    out = []
+    tiles, out = of_pattern(tiling), []
     if find_spec("triton") is None:
         out.append("Triton is not installed: pip install triton")
     if max(facts.head_size, facts.value_size) > HEAD_SIZE:

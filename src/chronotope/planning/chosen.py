@@ -1,0 +1,293 @@
+"""What routes chose, as tiles: the pairs that every kernel computes, for each head of each batch element its own.
+
+The heads of a batch lie one after the other in one long sequence (`Copies`), so that kernels know nothing of routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from chronotope.boxes import Boxes, chunks, identify
+from chronotope.grid import Coords, Grid
+from chronotope.patterns import Pattern
+from chronotope.patterns.base import Verdict
+from chronotope.planning.layout import Copies, Layout, Nest
+from chronotope.planning.search import search
+from chronotope.planning.tiling import PAIRS_AT_ONCE, Found, Tiling
+
+BITS = 62
+"""Blocks within a pair of tiles that are told apart by one number."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decided(Pattern):
+    """What a route chose, of everything or, token by token, of some pairs of boxes."""
+
+    seen: Bool[Tensor, "..."]
+
+    def _sees(self, q: Coords, k: Coords) -> Bool[Tensor, "..."]:
+        return self.seen
+
+    def _over(self, q: Boxes, k: Boxes) -> Verdict:
+        return self.seen.expand(len(q)), self.seen.expand(len(q))
+
+    def alike(self, q: Boxes, k: Boxes) -> Int64[Tensor, "p"]:
+        return torch.zeros(len(q), dtype=torch.int64)
+
+    def prefix_sees(self) -> tuple[bool, bool]:
+        return True, True
+
+    def check(self, grid: Grid, key_grid: Grid) -> None:
+        return None
+
+
+NOBODY = torch.zeros(0, dtype=torch.int64)
+ALL, NONE = Decided(torch.tensor(True)), Decided(torch.tensor(False))
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The pairs of blocks that a route chose, sorted by the pair of tiles in which they lie."""
+
+    q: Nest
+    k: Nest
+    pair: Int64[Tensor, "n"]
+    within: Int64[Tensor, "n"]
+
+    @classmethod
+    def of(cls, chosen: Int64[Tensor, "n"], q: Nest, k: Nest) -> Choice:
+        """From the numbers of (slab, query block, key block)."""
+        col, rest = chosen % len(k.fine.sizes), chosen // len(k.fine.sizes)
+        row, slab = rest % len(q.fine.sizes), rest // len(q.fine.sizes)
+        pair = (slab * len(q.coarse.sizes) + q.parent[row]) * len(k.coarse.sizes) + k.parent[col]
+        order = pair.argsort(stable=True)
+        return cls(q, k, pair[order], (q.child[row] * k.most + k.child[col])[order])
+
+    def share(self, pairs: Int64[Tensor, "p"]) -> tuple[Bool[Tensor, "p"], Bool[Tensor, "p"]]:
+        """Of each pair of tiles: whether some of it was chosen, and whether all."""
+        col, row = pairs % len(self.k.coarse.sizes), pairs // len(self.k.coarse.sizes) % len(self.q.coarse.sizes)
+        found = torch.searchsorted(self.pair, pairs, right=True) - torch.searchsorted(self.pair, pairs)
+        return found > 0, found == self.q.count[row] * self.k.count[col]
+
+    def _of(self, pairs: Int64[Tensor, "p"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
+        """The blocks chosen of some pairs: of which one each is, and its place within."""
+        first, last = torch.searchsorted(self.pair, pairs), torch.searchsorted(self.pair, pairs, right=True)
+        which = torch.arange(len(pairs)).repeat_interleave(last - first)
+        at = first[which] + torch.arange(len(which)) - ((last - first).cumsum(0) - (last - first))[which]
+        return which, self.within[at]
+
+    def blocks(self, pairs: Int64[Tensor, "p"]) -> Int64[Tensor, "p"] | None:
+        """What was chosen of each pair as the bits of a number; None: there are too many."""
+        if self.q.most * self.k.most > BITS:
+            return None
+        which, within = self._of(pairs)
+        return torch.zeros_like(pairs).index_add_(0, which, 1 << within)
+
+    def seen(self, pairs: Int64[Tensor, "p"], q: Coords, k: Coords) -> Bool[Tensor, "p most_q most_k"]:
+        """What was chosen of each pair, for the tokens of its tiles, [P, V] each."""
+        which, within = self._of(pairs)
+        blocks = torch.zeros(len(pairs), self.q.most * self.k.most, dtype=torch.bool)
+        blocks[which, within] = torch.ones((), dtype=torch.bool)
+        row, col = (
+            nest.child[nest.fine.tile_of[coords.place + nest.fine.grid.prefix]]
+            for nest, coords in ((self.q, q), (self.k, k))
+        )
+        return blocks.gather(1, (row[:, :, None] * self.k.most + col[:, None, :]).flatten(1)).view(
+            *row.shape, col.shape[1]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(Tiling):
+    """The pairs of tiles that an expression of routes and patterns shows, for `slabs` heads one after the other.
+
+    `pair`: numbers of (slab, query tile, key tile). `kind`: of the element mask, -1 where everything is visible.
+    `member`: a pair of each kind. `group`: query heads that share a key head.
+    """
+
+    where: Pattern
+    layouts: tuple[Layout, Layout]
+    choices: dict[Pattern, Choice]
+    slabs: int
+    group: int
+    pair: Int64[Tensor, "p"]
+    kind: Int64[Tensor, "p"]
+    member: Int64[Tensor, "kinds"]
+
+    @cached_property
+    def q(self) -> Copies:  # type: ignore[override]
+        return Copies(self.layouts[0], self.slabs)
+
+    @cached_property
+    def k(self) -> Copies:  # type: ignore[override]
+        return Copies(self.layouts[1], self.slabs // self.group)
+
+    def _apart(self, pair: Int64[Tensor, "n"]) -> tuple[Tensor, Tensor, Tensor]:
+        """(slab, query tile, key tile)."""
+        rows, cols = (len(layout.sizes) for layout in self.layouts)
+        return pair // cols // rows, pair // cols % rows, pair % cols
+
+    @cached_property
+    def found(self) -> Found:
+        slab, _, col = self._apart(self.pair)
+        cols = len(self.layouts[1].sizes)
+        return Found(self.pair // cols, slab // self.group * cols + col, self.kind < 0)
+
+    @cached_property
+    def partial_kinds(self) -> tuple[Int64[Tensor, "p"], Int64[Tensor, "p"], Int64[Tensor, "p"]]:
+        partial = ~self.found.full
+        return self.found.rows[partial], self.found.cols[partial], self.kind[partial]
+
+    @cached_property
+    def kinds(self) -> tuple[Int64[Tensor, "kinds"], Int64[Tensor, "kinds"]]:
+        return self.found.rows[self.member], self.found.cols[self.member]
+
+    def mask_of(self, kinds: Int64[Tensor, "n"]) -> Bool[Tensor, "n q_tokens k_tokens"]:
+        return self._masks(self.pair[self.member[kinds]])
+
+    def _masks(self, pairs: Int64[Tensor, "n"]) -> Bool[Tensor, "n q_tokens k_tokens"]:
+        _, row, col = self._apart(pairs)
+        (x, real_x), (y, real_y) = self.layouts[0].boxes(row).tokens(), self.layouts[1].boxes(col).tokens()
+        n, width, depth = *real_x.shape, real_y.shape[1]
+        decided = {route: Decided(choice.seen(pairs, x, y)) for route, choice in self.choices.items()}
+        seen = self.where.given(decided).sees(x.view(n, width, 1), y.view(n, 1, depth))
+        return seen & real_x[:, :, None] & real_y[:, None, :]
+
+    def strips(self, rows: range) -> Iterator[tuple[Int64[Tensor, "tokens"], Bool[Tensor, "slabs tokens nk"]]]:
+        """Some query tiles of every slab, one tile at a time: its tokens, and what they see."""
+        q, k = self.layouts
+        slab, row, col = self._apart(self.pair)
+        for tile in rows:
+            tokens = q.order[q.start[tile] : q.start[tile + 1]]
+            out = torch.zeros(self.slabs, len(tokens), k.grid.size, dtype=torch.bool)
+            here = row == tile
+            whole = torch.zeros(self.slabs, len(k.sizes), dtype=torch.bool)
+            full = here & (self.kind < 0)
+            whole[slab[full], col[full]] = torch.ones((), dtype=torch.bool)
+            out |= whole[:, None, k.tile_of]
+            partial = (here & (self.kind >= 0)).nonzero().flatten()
+            for part in chunks(len(partial), len(tokens) * int(k.sizes.max()), PAIRS_AT_ONCE):
+                some = partial[part]
+                masks = self.mask_of(self.kind[some])
+                for i, pair in enumerate(some.tolist()):
+                    keys = k.order[k.start[col[pair]] : k.start[col[pair] + 1]]
+                    out[slab[pair], :, keys] = masks[i, : len(tokens), : len(keys)]
+            yield tokens, out
+
+    def masks(self) -> Bool[Tensor, "slabs nq nk"]:
+        """What every query of every slab sees, in token order."""
+        q, k = self.layouts
+        out = torch.empty(self.slabs, q.grid.size, k.grid.size, dtype=torch.bool)
+        for tokens, seen in self.strips(range(len(q.sizes))):
+            out[:, tokens] = seen
+        return out
+
+    def mask(self) -> Bool[Tensor, "n_query n_key"]:
+        masks = self.masks()
+        out = torch.zeros(self.slabs, masks.shape[1], self.slabs // self.group, masks.shape[2], dtype=torch.bool)
+        slab = torch.arange(self.slabs)
+        out[slab, :, slab // self.group] = masks
+        return out.flatten(2).flatten(0, 1)
+
+    @cached_property
+    def visible_by_slab(self) -> Int64[Tensor, "slabs"]:
+        """Number of visible pairs of tokens in each slab."""
+        slab, row, col = self._apart(self.pair)
+        area = self.layouts[0].sizes[row] * self.layouts[1].sizes[col]
+        for part, masks in self.kind_masks():
+            here = (self.kind >= part.start) & (self.kind < part.stop)
+            area[here] = masks.flatten(1).sum(1)[self.kind[here] - part.start]
+        return torch.zeros(self.slabs, dtype=torch.int64).index_add_(0, slab, area)
+
+
+def assemble(
+    where: Pattern, layouts: tuple[Layout, Layout], choices: dict[Pattern, Choice], slabs: int, group: int
+) -> Chosen:
+    """The tiles of an expression, its routes having chosen."""
+    q, k = layouts
+    rows, cols = len(q.sizes), len(k.sizes)
+    touched = torch.unique(torch.cat([NOBODY, *(choice.pair for choice in choices.values())]))
+    shares = [choice.share(touched) for choice in choices.values()]
+    combination, mixed = torch.zeros_like(touched), torch.zeros(len(touched), dtype=torch.bool)
+    for i, (some, every) in enumerate(shares):
+        combination += every.long() << i
+        mixed |= some & ~every
+    rest = _untouched(where.given(dict.fromkeys(choices, NONE)), layouts, touched, slabs)
+    plain = torch.cat([touched[~mixed], rest])
+    combination = torch.cat([combination[~mixed], torch.zeros_like(rest)])
+    visible, kind = _static(where, layouts, list(choices), plain % (rows * cols), combination)
+    plain, kind = plain[visible], kind[visible]
+    own = touched[mixed]
+    kind = torch.cat([kind, _beyond(kind) + _mixed(where, layouts, choices, own)])
+    pair = torch.cat([plain, own])
+    order = pair.argsort()
+    pair, kind = pair[order], kind[order]
+    member = torch.zeros(_beyond(kind), dtype=torch.int64)
+    partial = (kind >= 0).nonzero().flatten()
+    member[kind[partial]] = partial
+    return Chosen(where, layouts, choices, slabs, group, pair, kind, member)
+
+
+def _mixed(
+    where: Pattern, layouts: tuple[Layout, Layout], choices: dict[Pattern, Choice], pairs: Int64[Tensor, "p"]
+) -> Int64[Tensor, "p"]:
+    """The kind of mask of pairs of which some blocks were chosen: the same where the same blocks were."""
+    rows, cols = (len(layout.sizes) for layout in layouts)
+    blocks = [choice.blocks(pairs) for choice in choices.values()]
+    if not len(pairs) or any(some is None for some in blocks):
+        return torch.arange(len(pairs))
+    tiles, inverse = torch.unique(pairs % (rows * cols), return_inverse=True)
+    q, k = layouts[0].boxes(tiles // cols), layouts[1].boxes(tiles % cols)
+    alike = where.given(dict.fromkeys(choices, ALL)).alike(q, k)
+    if len(choices) == 1:  # where all is seen if chosen, and nothing else, the choice is the mask
+        every = where.given(dict.fromkeys(choices, ALL)).over(q, k)[1]
+        alike[every & ~where.given(dict.fromkeys(choices, NONE)).over(q, k)[0]] = -1
+    geometry = identify(alike, *q.sizes().values(), *k.sizes().values())
+    return identify(geometry[inverse], *(some for some in blocks if some is not None))
+
+
+def _beyond(kind: Tensor) -> int:
+    """The first number that is not taken."""
+    return int(kind.max()) + 1 if len(kind) else 0
+
+
+def _untouched(
+    base: Pattern, layouts: tuple[Layout, Layout], touched: Int64[Tensor, "n"], slabs: int
+) -> Int64[Tensor, "m"]:
+    """The pairs where something is seen although no route chose anything of them."""
+    found = search(base, *layouts)
+    rows, cols = (len(layout.sizes) for layout in layouts)
+    every = (torch.arange(slabs)[:, None] * rows * cols + found.rows * cols + found.cols).flatten()
+    return every[~torch.isin(every, touched)]
+
+
+def _static(
+    where: Pattern,
+    layouts: tuple[Layout, Layout],
+    routes: list[Pattern],
+    tiles: Int64[Tensor, "p"],
+    combination: Int64[Tensor, "p"],
+) -> tuple[Bool[Tensor, "p"], Int64[Tensor, "p"]]:
+    """Of pairs of which each route chose all or nothing: whether something is visible, and the kind of mask."""
+    rows, cols = (len(layout.sizes) for layout in layouts)
+    code, inverse = torch.unique(combination * (rows * cols) + tiles, return_inverse=True)
+    visible, kind = torch.zeros(len(code), dtype=torch.bool), torch.full((len(code),), -1)
+    for c in torch.unique(code // (rows * cols)).tolist():
+        here = (code // (rows * cols) == c).nonzero().flatten()
+        own = code[here] % (rows * cols)
+        q, k = layouts[0].boxes(own // cols), layouts[1].boxes(own % cols)
+        pattern = where.given({route: ALL if c >> i & 1 else NONE for i, route in enumerate(routes)})
+        some, every = pattern.over(q, k)
+        visible[here] = some
+        partial = some & ~every
+        if bool(partial.any()):
+            alike = pattern.alike(q[partial], k[partial])
+            found = identify(alike, *q[partial].sizes().values(), *k[partial].sizes().values())
+            kind[here[partial]] = _beyond(kind) + found
+    return visible[inverse], kind[inverse]
