@@ -126,6 +126,34 @@ def test_decays_of_any_strength(backend: str, form: str, delta: bool, normalize:
     assert off(found, expected) < 2e-5
 
 
+@pytest.mark.parametrize(("backend", "form"), [(name, form) for name in FAST for form in FORMS[1:]])
+@DELTA
+def test_decays_that_forget_all(backend: str, form: str, delta: bool) -> None:
+    """Side by side with weak ones: what is forgotten is gone, and such a decay has no gradient."""
+    p = Problem.random(form, delta, sizes=(1, 3, 150, 16, 16)).to(torch.float32)
+    assert p.decay is not None
+    levels = torch.tensor([0.0, -1e-3, -0.5, -90.0, -900.0, -torch.inf])
+    drawn = levels[torch.randint(6, p.decay.shape, generator=torch.Generator().manual_seed(1))]
+    p = Problem(p.q, p.k, p.v, drawn, p.beta, p.state, False, p.scale, p.douts)
+    found, expected = p.results(backend), p.to(torch.float64).results("reference")
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert off(found, expected) < 2e-5
+    ddecay = found[5]
+    assert ddecay.shape == drawn.shape and bool((ddecay[drawn < -800] == 0).all())
+
+
+@pytest.mark.parametrize(("backend", "form"), [(name, form) for name in FAST for form in FORMS[1:]])
+def test_weak_decays_add_up(backend: str, form: str) -> None:
+    """exp(-3e-5), rounded, is off by up to 3e-8; 3,000 tokens of it in a product would be off by 1e-4."""
+    n = 3000
+    p = Problem.random(form, sizes=(1, 1, n, 16, 16)).to(torch.float32)
+    assert p.decay is not None and p.state is not None
+    weak = torch.full_like(p.decay, -3e-5)
+    _, state = ct.recurrence(p.q, torch.zeros_like(p.k), p.v, decay=weak, state=p.state, backend=backend)
+    kept = torch.full((), -3e-5).double().mul(n).exp()
+    torch.testing.assert_close(state.memory.double(), kept * p.state.memory.double(), rtol=1e-5, atol=0)
+
+
 @RUNS
 @DELTA
 @NORMALIZE
@@ -145,6 +173,47 @@ def test_pieces_equal_the_whole(backend: str, form: str | None, delta: bool, nor
         assert state is not None
         found = [torch.cat(outs, 2), *state.tensors()]
         assert off(found, [whole, *last.tensors()]) < (1e-12 if dtype == torch.float64 else 3e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("form", ["token", "channel"])
+def test_any_order_of_memory(backend: str, form: str) -> None:
+    """Tokens outside of heads, a state transposed: what a kernel reads in place must be where it looks."""
+    p = Problem.random(form, True, sizes=(2, 2, 70, 16, 32)).to(torch.float32)
+    assert p.decay is not None and p.beta is not None and p.state is not None
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    inner = p.state.memory.mT.contiguous().mT
+    other = Problem(
+        *map(turned, (p.q, p.k, p.v, p.decay, p.beta)), ct.RecurrentState(inner), False, p.scale, p.douts
+    )  # fmt: skip
+    assert inner.stride() != p.state.memory.stride() and other.q.stride() != p.q.stride()
+    assert off(other.results(backend), p.results(backend)) < 1e-6
+
+
+@pytest.mark.parametrize("heads_inside", [False, True])
+@DELTA
+def test_a_large_result_equals_its_pieces(heads_inside: bool, delta: bool) -> None:
+    """A result of 16 MB is written past the cache, and each of its pieces is not."""
+    rng = torch.Generator().manual_seed(0)
+    shape = (1, 33000, 4, 32) if heads_inside else (1, 4, 33000, 32)
+    q, k, v = (torch.randn(*shape, generator=rng) for _ in range(3))
+    if heads_inside:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, beta = torch.nn.functional.normalize(k, dim=-1), torch.rand(1, 4, 33000, generator=rng) if delta else None
+    decay = torch.tensor([-0.1, -0.02, -0.5, -0.001])
+    whole, last = ct.recurrence(q, k, v, decay=decay, beta=beta, backend="native")
+    assert whole.nbytes >= 1 << 24
+    state, outs = None, []
+    for part in (slice(0, 16000), slice(16000, 33000)):
+        parts = (x[:, :, part] for x in (q, k, v))
+        some = None if beta is None else beta[:, :, part]
+        out, state = ct.recurrence(*parts, decay=decay, beta=some, state=state, backend="native")
+        outs.append(out)
+    assert state is not None
+    assert torch.equal(whole, torch.cat(outs, 2)) and torch.equal(last.memory, state.memory)
 
 
 @RUNS
@@ -193,6 +262,9 @@ def test_no_tokens() -> None:
         out, state = ct.recurrence(p.q, p.k, p.v, normalize=True, state=p.state, backend=backend)
         assert out.shape == (1, 2, 0, 4) and p.state is not None and state.memory is not None
         torch.testing.assert_close(state.memory, p.state.memory)
+        _, fresh = ct.recurrence(p.q, p.k, p.v, backend=backend)
+        fresh.memory[0, 0, 0, 0] = 1.0  # nobody else's
+        assert float(fresh.memory.sum()) == 1.0
 
 
 def test_where_nothing_was_seen_the_output_is_0() -> None:

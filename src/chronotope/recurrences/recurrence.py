@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from chronotope.errors import UnsupportedError
 from chronotope.recurrences.call import FLOOR, Backend, Inputs
 from chronotope.recurrences.checks import check_inputs, check_state
+from chronotope.recurrences.native import NATIVE
 from chronotope.recurrences.state import RecurrentState
 from chronotope.recurrences.table import BACKENDS
 
@@ -63,14 +66,15 @@ def recurrence(
     inputs = _inputs(q, k, v, decay, beta, normalize, state, segments)
     chosen = choose(inputs, chunk, backend)
     size = max(1, min(chunk or chosen.chunk, q.shape[2]))
-    found = chosen.compute(inputs, size)
+    # The native kernel bounds decays as it reads them: a copy of those by channel takes as long as a part of its work.
+    found = chosen.compute(inputs if chosen is NATIVE else _bounded(inputs), size)
     out = found.out
     if found.total is not None:
         total = found.total[..., None]
         empty = total == 0
         out = torch.where(empty, 0.0, out / torch.where(empty, 1.0, total))
     out = out if scale == 1 else scale * out
-    return out.to(q.dtype), RecurrentState(found.memory, found.normalizer)
+    return _as(out, q.dtype), RecurrentState(found.memory, found.normalizer)
 
 
 def choose(inputs: Inputs, chunk: int | None, backend: str) -> Backend:
@@ -103,23 +107,37 @@ def _inputs(
     batch, heads, n, d = q.shape
     if decay is not None:
         decay = decay[None, :, None].expand(batch, heads, n) if decay.ndim == 1 else decay
-        decay = decay.to(dtype)
+        decay = _as(decay, dtype)
     if segments is not None and n:
         decay = _forgetting(decay, segments.expand(batch, n), heads, dtype)
-    memory = q.new_zeros(batch, heads, d, v.shape[3], dtype=dtype) if state is None else state.memory.to(dtype)
+    if state is not None:
+        memory = _as(state.memory, dtype)
+    else:  # one zero stands for all where no kernel writes; without tokens this is the state that is returned
+        size = (batch, heads, d, v.shape[3])
+        memory = q.new_zeros((), dtype=dtype).expand(size) if n else q.new_zeros(size, dtype=dtype)
     normalizer = None
     if normalize:
         given = None if state is None else state.normalizer
-        normalizer = q.new_zeros(batch, heads, d, dtype=dtype) if given is None else given.to(dtype)
+        normalizer = q.new_zeros(batch, heads, d, dtype=dtype) if given is None else _as(given, dtype)
     return Inputs(
-        q.to(dtype),
-        k.to(dtype),
-        v.to(dtype),
-        None if decay is None else decay.clamp(min=FLOOR),
-        None if beta is None else beta.to(dtype),
+        _as(q, dtype),
+        _as(k, dtype),
+        _as(v, dtype),
+        decay,
+        None if beta is None else _as(beta, dtype),
         memory,
         normalizer,
     )
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype; to ask is quicker than to convert what needs no converting."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _bounded(inputs: Inputs) -> Inputs:
+    """With every decay at least `FLOOR`."""
+    return inputs if inputs.decay is None else replace(inputs, decay=inputs.decay.clamp(min=FLOOR))
 
 
 def _forgetting(decay: Tensor | None, segments: Int[Tensor, "b n"], heads: int, dtype: torch.dtype) -> Tensor:

@@ -1,63 +1,13 @@
-// What decays do inside a chunk: to rows, to pairs of tokens, to the state. b is their running sum, [tokens] or
-// [tokens][key]; every exponent is a sum of decays.
+// Pairs of tokens inside a chunk, and what they do to what is written.
 #pragma once
 
-#include "recurrence.h"
+#include "recurrence_weights.h"
 
 namespace chronotope {
 
-enum Form { NEVER, BY_TOKEN, BY_CHANNEL };
-
-// exp(b), exp(end - b), exp(end).
-struct Weights {
-  Form form;
-  int64_t width;  // numbers for each token: 1, or `key`
-  Scratch exact, memory;
-  double* b;
-  float *grown_at, *rest_at, *over_at;
-  float *running, *own;  // rows of `key` for pairs by channel
-
-  Factor grown() const { return factor(grown_at); }
-  Factor rest() const { return factor(rest_at); }
-  Factor factor(const float* at) const { return {form == NEVER ? nullptr : at, form == BY_CHANNEL ? width : 0}; }
-  vec over(int64_t row) const { return all(over_at[form == BY_CHANNEL ? row : 0]); }
-  // exp(b_i - b_j), j <= i, for VEC channels from `c` on.
-  vec between(int64_t i, int64_t j, int64_t c) const {
-    float gap[VEC];
-    for (int l = 0; l < VEC; ++l) gap[l] = static_cast<float>(b[i * width + c + l] - b[j * width + c + l]);
-    return exp(load(gap));
-  }
-
-  void set(const Recurrence& r, const Sizes& s, const Place& at) {
-    form = r.decay.data == nullptr ? NEVER : r.decay.channels > 1 ? BY_CHANNEL : BY_TOKEN;
-    width = form == BY_CHANNEL ? s.key : 1;
-    const int64_t count = s.tokens * width;
-    b = reinterpret_cast<double*>(exact.take(2 * count));
-    grown_at = memory.take(2 * count + width + VEC + (form == BY_CHANNEL ? 2 * s.tokens * s.key : 0));
-    rest_at = grown_at + count, running = rest_at + count, own = running + (form == BY_CHANNEL ? s.tokens * s.key : 0);
-    over_at = own + (form == BY_CHANNEL ? s.tokens * s.key : 0);
-    *over_at = 1.0f;
-    if (form == NEVER) return;
-    for (int64_t i = 0; i < s.tokens; ++i) {
-      const float* decay = i < at.count ? r.decay.at(at.batch, at.head, at.from + i) : nullptr;
-      for (int64_t c = 0; c < width; ++c) {
-        const double before = i > 0 ? b[(i - 1) * width + c] : 0.0;
-        b[i * width + c] = before + (decay != nullptr && c < r.decay.channels ? decay[c] : 0.0f);
-      }
-    }
-    const double* end = b + (s.tokens - 1) * width;
-    for (int64_t i = 0; i < s.tokens; ++i)
-      for (int64_t c = 0; c < width; ++c) {
-        grown_at[i * width + c] = static_cast<float>(b[i * width + c]);
-        rest_at[i * width + c] = static_cast<float>(end[c] - b[i * width + c]);
-      }
-    for (int64_t i = 0; i < 2 * count; i += VEC) store(grown_at + i, exp(load(grown_at + i)));
-    for (int64_t c = 0; c < width; ++c) over_at[c] = std::exp(static_cast<float>(end[c]));
-  }
-};
-
-// How many panels a strip of queries sees any of.
+// How many panels a strip of queries sees any of, and how many lanes of the last of them.
 inline int seen_panels(int64_t strip) { return static_cast<int>(strip * STRIP / VEC) + 1; }
+inline int64_t seen_lanes(int64_t strip) { return strip * STRIP % VEC + STRIP; }
 
 // Cells of all pairs of a chunk, [strips][panels][CELL].
 struct Cells {
@@ -82,144 +32,209 @@ inline void hide_later(int64_t strip, bool strict, float* const* cells) {
   }
 }
 
-// cells[p] *= exp(b_i - b_j), decays being by token or none, and 0 where j is later. Between a strip and panels that end
-// before it, the exponent is split at the token before the strip.
-inline void weigh_pairs(const Weights& w, int64_t strip, bool strict, float* const* cells) {
-  const int last = seen_panels(strip) - 1;
-  const int64_t first = strip * STRIP;
+// cells times what decays leave of each pair, decays being by token or none, and 0 where j is later. What is left of a
+// token of an earlier strip is a product, split at the start of this one.
+inline void weigh_pairs(const Sizes& s, const Weights& w, int64_t strip, bool strict, float* const* cells) {
   if (w.form == BY_TOKEN) {
-    float rows[STRIP];
-    for (int r = 0; r < STRIP && last > 0; ++r) rows[r] = std::exp(static_cast<float>(w.b[first + r] - w.b[first - 1]));
+    const int last = seen_panels(strip) - 1;
+    const int64_t first = strip * STRIP, lane = first % VEC;
+    const float* reach = w.reach + strip * s.tokens;
     for (int p = 0; p < last; ++p) {
-      float gap[VEC];
-      for (int l = 0; l < VEC; ++l) gap[l] = static_cast<float>(w.b[first - 1] - w.b[p * VEC + l]);
-      const vec lanes = exp(load(gap));
-      for (int r = 0; r < STRIP; ++r) store(cells[p] + r * VEC, rows[r] * lanes * load(cells[p] + r * VEC));
+      const vec lanes = load(reach + p * VEC);
+      for (int r = 0; r < STRIP; ++r) store(cells[p] + r * VEC, w.since[first + r] * lanes * load(cells[p] + r * VEC));
     }
+    vec row = load(reach + last * VEC);
     for (int r = 0; r < STRIP; ++r) {
-      float gap[VEC];
-      for (int l = 0; l < VEC; ++l) gap[l] = static_cast<float>(std::min(w.b[first + r] - w.b[last * VEC + l], 0.0));
-      store(cells[last] + r * VEC, exp(load(gap)) * load(cells[last] + r * VEC));
+      row = keep(1u << (lane + r), all(1.0f), w.kept[first + r] * row);
+      store(cells[last] + r * VEC, row * load(cells[last] + r * VEC));
     }
   }
   hide_later(strip, strict, cells);
 }
 
-// Rows of earlier strips, each times exp(b at the token before this strip - b_j): moves from one strip to the next.
-class Running {
- public:
-  Running(const Sizes& s, const Weights& w, const float* rows) : s_(s), w_(w), rows_(rows) {
-    std::fill(w.running, w.running + s.tokens * s.key, 0.0f);
-  }
-  // To the strip after; the rows of the present one join.
-  void advance(int64_t strip) {
-    const int64_t first = strip * STRIP, last = first + STRIP - 1;
-    for (int64_t c = 0; c < s_.key; c += VEC) {
-      const vec shrunk = first > 0 ? w_.between(last, first - 1, c) : all(1.0f);
-      for (int64_t j = 0; j < first; ++j) {
-        float* at = w_.running + j * s_.key + c;
-        store(at, shrunk * load(at));
-      }
-      for (int64_t j = first; j <= last; ++j)
-        store(w_.running + j * s_.key + c, w_.between(last, j, c) * load(rows_ + j * s_.key + c));
+// By channel: sum_d x_id y_jd exp(the decays after j, up to i) for rows R and R + 1 of a strip and all j up to them.
+template <int R>
+inline void near_rows(const float* x, const float* y, const float* kept, int64_t width, float* low, float* high) {
+  vec sums[2 * STRIP] = {};  // of row R, then of row R + 1
+  vec* const later = sums + R + 1;
+  for (int64_t c = 0; c < width; c += VEC) {
+    vec p = load(x + R * width + c), q = load(x + (R + 1) * width + c);
+    later[R + 1] += q * load(y + (R + 1) * width + c);
+    q *= load(kept + (R + 1) * width + c);
+#pragma GCC unroll 8
+    for (int j = R; j >= 0; --j) {
+      const vec key = load(y + j * width + c), left = load(kept + j * width + c);
+      sums[j] += p * key, later[j] += q * key;
+      p *= left, q *= left;
     }
   }
+  float out[2 * STRIP];
+  for (int i = 0; i < 2 * R + 3; i += STRIP) {
+    vec some[STRIP];
+    for (int j = 0; j < STRIP; ++j) some[j] = sums[i + j];
+    fold(some, out + i, [](vec a, vec b) { return a + b; });
+  }
+  std::copy_n(out, R + 1, low);
+  std::copy_n(out + R + 1, R + 2, high);
+}
 
- private:
-  const Sizes& s_;
-  const Weights& w_;
-  const float* rows_;
+// The same for all rows of a strip, [STRIP][VEC] from the lane of its first token on.
+template <int R = 0>
+inline void near_pairs(const float* x, const float* y, const float* kept, int64_t width, float* cells) {
+  near_rows<R>(x, y, kept, width, cells + R * VEC, cells + (R + 1) * VEC);
+  if constexpr (R + 2 < STRIP) near_pairs<R + 2>(x, y, kept, width, cells);
+}
+
+// By channel: rows times what is left since the start of their strip, and of the chunk.
+inline void follow(const Sizes& s, const Weights& w, const float* rows, float* since, float* grown) {
+  for (int64_t strip = 0; strip < s.strips; ++strip)
+    for (int64_t c = 0; c < s.key; c += VEC) {
+      const vec before = load(w.before + strip * s.key + c);
+      vec left = all(1.0f);
+      for (int64_t i = strip * STRIP * s.key + c; i < (strip + 1) * STRIP * s.key; i += s.key) {
+        left *= load(w.kept + i);
+        const vec own = left * load(rows + i);
+        store(since + i, own);
+        if (grown != nullptr) store(grown + i, before * own);
+      }
+    }
+}
+
+// By channel: keys as panels, each times what is left of it at the end of its strip; `rows` has room for as many.
+inline void turn_to_end(const Sizes& s, const Weights& w, const float* keys, float* rows, float* panels) {
+  for (int64_t strip = 0; strip < s.strips; ++strip)
+    for (int64_t c = 0; c < s.key; c += VEC) {
+      vec left = all(1.0f);
+      for (int64_t i = ((strip + 1) * STRIP - 1) * s.key + c; i >= strip * STRIP * s.key; i -= s.key) {
+        store(rows + i, left * load(keys + i));
+        left *= load(w.kept + i);
+      }
+    }
+  turn_rows(rows, s.tokens, s.key, panels);
+}
+
+// The keys of earlier strips move from the start of `strip` - 1 to its end, where `strip` starts.
+inline void advance(const Sizes& s, const Weights& w, int64_t strip, float* panels) {
+  if (strip < 2) return;
+  const float* left = w.across + (strip - 1) * s.key;
+  const int64_t first = (strip - 1) * STRIP, whole = first / VEC;
+  for (int64_t p = 0; p < whole; ++p)
+    for (int64_t d = 0; d < s.depth; ++d) {
+      float* at = panels + p * s.panel() + d * VEC;
+      store(at, left[d] * load(at));
+    }
+  if (first % VEC == 0) return;
+  for (int64_t d = 0; d < s.depth; ++d) {
+    float* at = panels + whole * s.panel() + d * VEC;
+    store(at, left[d] * load_as<half_vec>(at));
+  }
+}
+
+// Rows that meet the keys: as they are and, by channel, since the start of their strip. `cells` of all pairs get
+// x_i . y_j with what decays leave of it, 0 where j is later than i, or is i with `strict`.
+struct Meeting {
+  const float *rows, *since;
+  bool strict;
+  float* cells;
 };
 
-// Rows of a strip times exp(b_i - b at the token before the strip).
-inline float* since_strip(const Sizes& s, const Weights& w, const float* rows, int64_t strip, float* out) {
-  const int64_t first = strip * STRIP;
-  for (int r = 0; r < STRIP; ++r)
-    for (int64_t c = 0; c < s.key; c += VEC)
-      store(out + r * s.key + c, w.between(first + r, first - 1, c) * load(rows + (first + r) * s.key + c));
-  return out;
-}
-
-// Pairs by channel: sum_d x_id y_jd exp(b_id - b_jd). Inside a strip channel by channel, from earlier strips by `Running`.
-inline void pairs_by_channel(const Sizes& s, const Weights& w, const float* x, const float* y, bool strict, float* panels,
-                             float* all_cells) {
-  Running running(s, w, y);
-  for (int64_t strip = 0; strip < s.strips; ++strip) {
-    const Cells cells(s, all_cells, strip);
-    const int count = seen_panels(strip);
-    const int64_t first = strip * STRIP, lane = first % VEC;
-    if (strip == 0) {
-      std::fill(cells.own[0], cells.own[0] + CELL, 0.0f);
-    } else {
-      turn_rows(w.running, count * VEC, s.key, panels);
-      const float* own[MOST_PANELS];
-      for (int p = 0; p < count; ++p) own[p] = panels + p * s.panel();
-      scores(since_strip(s, w, x, strip, w.own), s.key, s.depth, own, cells.own, count, VEC);
-    }
-    for (int r = strict ? 1 : 0; r < STRIP; ++r)
-      for (int l = 0; l < r + (strict ? 0 : 1); ++l) {
-        vec sum = {};
-        for (int64_t c = 0; c < s.key; c += VEC)
-          sum += w.between(first + r, first + l, c) * load(x + (first + r) * s.key + c) * load(y + (first + l) * s.key + c);
-        cells.own[count - 1][r * VEC + lane + l] = chronotope::sum(sum);
-      }
-    running.advance(strip);
-  }
-}
-
-// All pairs of a chunk: (x_i . y_j) with what decays leave of it, 0 where j is later than i, or is i with `strict`.
-// `y_panels` are the rows y turned; `spare` has room for as many.
-inline void all_pairs(const Sizes& s, const Weights& w, const float* x, const float* y, const float* y_panels, bool strict,
-                      float* spare, float* all_cells) {
-  if (w.form == BY_CHANNEL) {
-    pairs_by_channel(s, w, x, y, strict, spare, all_cells);
+inline void meet(const Sizes& s, const Weights& w, const Meeting& own, const float* keys, const float* panels,
+                 int64_t strip) {
+  const Cells cells(s, own.cells, strip);
+  const float *whole[MOST_PANELS], *x = own.rows + strip * STRIP * s.key;
+  for (int64_t p = 0; p < s.panels; ++p) whole[p] = panels + p * s.panel();
+  const int last = seen_panels(strip) - 1;
+  const int64_t first = strip * STRIP, lane = first % VEC;
+  if (w.form != BY_CHANNEL) {
+    const bool half = seen_lanes(strip) < VEC;
+    scores(x, s.key, s.depth, whole, cells.own, last + (half ? 0 : 1), VEC);
+    if (half) score_half(x, s.key, s.depth, whole[last], cells.own[last]);
+    weigh_pairs(s, w, strip, own.strict, cells.own);
     return;
   }
-  for (int64_t strip = 0; strip < s.strips; ++strip) {
-    const Cells cells(s, all_cells, strip);
-    const float* own[MOST_PANELS];
-    for (int64_t p = 0; p < s.panels; ++p) own[p] = y_panels + p * s.panel();
-    scores(x + strip * STRIP * s.key, s.key, s.depth, own, cells.own, seen_panels(strip), VEC);
-    weigh_pairs(w, strip, strict, cells.own);
-  }
+  const float* since = own.since + first * s.key;
+  scores(since, s.key, s.depth, whole, cells.own, last, VEC);
+  std::fill(cells.own[last], cells.own[last] + CELL, 0.0f);
+  if (lane > 0) score_half(since, s.key, s.depth, whole[last], cells.own[last]);
+  near_pairs(x, keys + first * s.key, w.kept + first * s.key, s.key, cells.own[last] + lane);
+  if (own.strict) hide_later(strip, true, cells.own);
 }
 
-// The delta rule: `rows` hold v and become R = V - exp(b) K S - A U; written becomes U = beta R. A: the cells of `link`.
-inline void solve_delta(const Sizes& s, const Weights& w, const float* k, const float* state, const float* beta,
-                        float* link, float* rows, float* written, float* memory) {
+// All pairs of a chunk. `panels` are the keys turned; by channel those of `turn_to_end`, which move to the chunk's end.
+template <std::size_t N>
+inline void all_pairs(const Sizes& s, const Weights& w, const Meeting (&all)[N], const float* keys, float* panels,
+                      Coming& coming) {
   for (int64_t strip = 0; strip < s.strips; ++strip) {
-    const int count = seen_panels(strip);
+    if (w.form == BY_CHANNEL) advance(s, w, strip, panels);
+    for (const Meeting& own : all)
+      if (own.cells != nullptr) meet(s, w, own, keys, panels, strip), coming.step();
+  }
+  if (w.form == BY_CHANNEL) advance(s, w, s.strips, panels);
+}
+
+// Adds the cells of a strip times the rows of `table` that they are about.
+inline void add_pairs(Sum& sum, const Cells& cells, int64_t strip, const float* table, int64_t width) {
+  const int last = seen_panels(strip) - 1;
+  for (int p = 0; p <= last; ++p)
+    sum.add(cells.own[p], VEC, table + p * VEC * width, p < last ? VEC : seen_lanes(strip));
+}
+
+// Inside a strip one row after the other: R - link U, with U = beta R of the rows before.
+template <int N>
+inline void solve_strip(const float* link, const float* beta, int64_t width, int64_t at, float* rows, float* written) {
+  vec u[STRIP][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < STRIP; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      vec x = load(rows + r * width + at + n * VEC);
+#pragma GCC unroll 8
+      for (int l = 0; l < r; ++l) x -= link[r * VEC + l] * u[l][n];
+      u[r][n] = beta[r] * x;
+      store(rows + r * width + at + n * VEC, x);
+      store(written + r * width + at + n * VEC, u[r][n]);
+    }
+}
+
+// The delta rule: `rows` hold v and become R = V - grown S - A U; written becomes U = beta R. A: the cells of `link`;
+// grown: exp(b) K.
+inline void solve_delta(const Sizes& s, const float* grown, const float* state, const float* beta, float* link,
+                        float* rows, float* written, Coming& coming) {
+  for (int64_t strip = 0; strip < s.strips; ++strip) {
     const Cells cells(s, link, strip);
     float* right = rows + strip * STRIP * s.value;
-    through(k + strip * STRIP * s.key, s.depth, s.key, w.grown().from(strip * STRIP), -1.0f, state, s.value, memory,
-            right);
-    Sum before;
-    for (int p = 0; p < count; ++p) {
-      const int lanes = static_cast<int>(std::min<int64_t>(VEC, strip * STRIP - p * VEC));
-      if (lanes <= 0) continue;
-      float* negative = memory + before.count * CELL;
-      for (int r = 0; r < STRIP; ++r) store(negative + r * VEC, -load(cells.own[p] + r * VEC));
-      before.add(negative, written + p * VEC * s.value, lanes);
-    }
-    if (before.count > 0) before.into(s.value, right);
-    // Inside the strip one row after the other.
-    const float* last = cells.own[count - 1] + strip * STRIP % VEC;
+    Sum sum;
+    sum.add(grown + strip * STRIP * s.key, s.key, state, s.depth);
+    const int last = seen_panels(strip) - 1;
+    for (int p = 0; p < last; ++p) sum.add(cells.own[p], VEC, written + p * VEC * s.value, VEC);
+    const int64_t lane = strip * STRIP % VEC;
+    if (lane > 0) sum.add(cells.own[last], VEC, written + last * VEC * s.value, lane);
+    sum.each(s.value, [&](int r, int64_t column, vec x) {
+      float* at = right + r * s.value + column;
+      store(at, load(at) - x);
+    });
     float* out = written + strip * STRIP * s.value;
-    for (int r = 0; r < STRIP; ++r)
-      for (int64_t c = 0; c < s.value; c += VEC) {
-        vec x = load(right + r * s.value + c);
-        for (int l = 0; l < r; ++l) x -= last[r * VEC + l] * load(out + l * s.value + c);
-        store(right + r * s.value + c, x);
-        store(out + r * s.value + c, beta[strip * STRIP + r] * x);
-      }
+    columns(s.value, [&]<int N>(int64_t at) {
+      solve_strip<N>(cells.own[last] + lane, beta + strip * STRIP, s.value, at, right, out);
+    });
+    coming.step();
   }
 }
 
-// The state over a chunk: what is left of it.
-inline void shrink(const Sizes& s, const Weights& w, float* state) {
-  if (w.form == NEVER) return;
-  for (int64_t d = 0; d < s.key; ++d)
-    for (int64_t c = 0; c < s.value; c += VEC) store(state + d * s.value + c, w.over(d) * load(state + d * s.value + c));
+// to [key][value] = left(channel) * from + the sum over tokens t of lane t of the panels times row t of `written`.
+template <class F>
+inline void write_over(const Sizes& s, F&& left, const float* panels, const float* written, const float* from,
+                       float* to, Coming& coming) {
+  for (int64_t d = 0; d < s.key; d += STRIP) {
+    Sum sum;
+    for (int64_t p = 0; p < s.panels; ++p)
+      sum.add(panels + p * s.panel() + d * VEC, VEC, written + p * VEC * s.value, VEC);
+    sum.each(s.value, [&](int r, int64_t column, vec x) {
+      const int64_t at = (d + r) * s.value + column;
+      store(to + at, left(d + r) * load(from + at) + x);
+    });
+    coming.step();
+  }
 }
 
 // z = over * z + sum over tokens of the panels, each lane times its factor.
@@ -228,7 +243,7 @@ inline void gather_normalizer(const Sizes& s, const Weights& w, const float* pan
     vec sum = {};
     for (int64_t p = 0; p < s.panels; ++p)
       sum += (factor ? load(factor + p * VEC) : all(1.0f)) * load(panels + p * s.panel() + d * VEC);
-    z[d] = w.over(d)[0] * z[d] + chronotope::sum(sum);
+    z[d] = w.left(d) * z[d] + chronotope::sum(sum);
   }
 }
 
