@@ -200,7 +200,8 @@ def bench(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="A table: planning, attention, windows, sequences, temporal, memory, rounding, recurrences, stepping. "
+            help="A table: planning, attention, windows, sequences, temporal, memory, rounding, recurrences, stepping, "
+            "routes. "
             "May be given again. Default: all.",
             metavar="TABLE",
             show_default=False,
@@ -256,7 +257,7 @@ def recall(
         list[str] | None,
         typer.Option(help="A mixer of the menu. May be given again. Default: all.", metavar="NAME", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 600,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 800,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights and sequences.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for recall.html and recall.json.", metavar="DIR")] = Path("out"),

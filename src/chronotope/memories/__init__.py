@@ -3,7 +3,7 @@
 from chronotope.memories.learners import Learner, Matrix, Mlp, Residual
 from chronotope.memories.losses import L2, Dot, Huber, Loss, Lp, Switch
 from chronotope.memories.memorize import memorize, recall
-from chronotope.memories.optimizers import Descent, Momentum, Optimizer
+from chronotope.memories.optimizers import Descent, Momentum, Normalized, Optimizer
 from chronotope.memories.packed import memorize_packed
 from chronotope.memories.retentions import Decay, Keep, Lq, Retention, Softmax
 from chronotope.memories.state import Gates, Memory, MemoryState, begin
@@ -25,6 +25,7 @@ __all__ = [
     "MemoryState",
     "Mlp",
     "Momentum",
+    "Normalized",
     "Optimizer",
     "Residual",
     "Retention",

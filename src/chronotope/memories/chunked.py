@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chronotope.memories.learners import Layer
-from chronotope.memories.optimizers import Flow
+from chronotope.memories.optimizers import Flow, normalized
 from chronotope.memories.state import Gates, Memory, MemoryState
 
 
@@ -92,6 +92,10 @@ def compute(
     retention = memory.retention
     weights = tuple(map(retention.weights, state.start))
     terms = memory.learner.terms(k, weights, lambda y: memory.loss.slope(y, v, gates.threshold))
+    if memory.optimizer.normalizes:
+        slopes = [g.square().sum(-1) for _, g in terms]
+        gradient = torch.stack([a.square().sum(-1) * slope for (a, _), slope in zip(terms, slopes, strict=True)]).sum(0)
+        gates = replace(gates, rate=normalized(gates.rate, slopes[-1], gradient))
     parts = _parts(memory, terms, gates, state)
     if retention.linear and all(part.side is None for part in parts):
         out = memory.learner.read(q, lambda number, x: parts[number].product(x))

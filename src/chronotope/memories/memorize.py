@@ -38,7 +38,7 @@ def memorize(
         A_t = exp(decay_t) A_{t-1} + S_t,   out_t = f(q_t; weights(A_t))
 
     f and its sizes are `memory.learner`, l is `memory.loss`, A -> weights(A) is `memory.retention`, and S is that of
-    `memory.optimizer`. Where a chunk ends A is settled, which does not change W.
+    `memory.optimizer`, which may also normalize the rate. Where a chunk ends A is settled, which does not change W.
 
     Args:
         q, k, v: queries, keys, values; float32, bfloat16, float16, float64.

@@ -6,12 +6,14 @@ All is in sums of logs, no difference of which is positive, and in products of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+EPS = 1e-12
+"""Where a gradient is 0, no step."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,15 @@ class Flow:
 class Optimizer(ABC):
     """The rule of updates."""
 
-    momentum: ClassVar[bool] = False
-    """Whether there is an S."""
+    @property
+    def momentum(self) -> bool:
+        """Whether there is an S."""
+        return False
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether rates are shares of the error, and not steps."""
+        return False
 
     @abstractmethod
     def flow(
@@ -64,7 +73,10 @@ class Descent(Optimizer):
 class Momentum(Optimizer):
     """S_t = exp(momentum_t) S_{t-1} - rate_t gradient_t, A_t = exp(decay_t) A_{t-1} + S_t: past surprise goes on."""
 
-    momentum: ClassVar[bool] = True
+    @property
+    def momentum(self) -> bool:
+        """There is."""
+        return True
 
     def flow(
         self,
@@ -85,6 +97,46 @@ class Momentum(Optimizer):
             surprise_kept=past[..., -1],
             surprise_pairs=carried[..., -1, :],
         )
+
+
+@dataclass(frozen=True)
+class Normalized(Optimizer):
+    """The rule inside, with steps rate_t |dl/dy|^2 / (2 |dl/dW|^2), y being what the last layer gives at k_t.
+
+    An L2 loss falls, to first order, as if the share rate_t of the error y - v_t went, however large weights and keys
+    are. For a matrix that is what happens: rate_t is the beta of the delta rule, for keys of any length (normalised
+    least mean squares). Gradients of a deeper network have the scale of its weights, which change, so that a fixed
+    step which is small enough at the start may diverge later.
+    """
+
+    inner: Optimizer = field(default_factory=Descent)
+
+    @property
+    def momentum(self) -> bool:
+        """That of the rule inside."""
+        return self.inner.momentum
+
+    @property
+    def normalizes(self) -> bool:
+        """They are."""
+        return True
+
+    def flow(
+        self,
+        decay: Float[Tensor, "*s c"],
+        momentum: Float[Tensor, "*s c"] | None,
+        write: Bool[Tensor, "*#s c"] | None,
+    ) -> Flow:
+        """That of the rule inside."""
+        return self.inner.flow(decay, momentum, write)
+
+
+def normalized(
+    rate: Float[Tensor, "b h n *d"], slope: Float[Tensor, "b h n"], gradient: Float[Tensor, "b h n"]
+) -> Float[Tensor, "b h n *d"]:
+    """Steps from shares: rate slope / (2 gradient), the squared lengths of dl/dy and dl/dW."""
+    share = slope / (2 * gradient + EPS)
+    return rate * (share if rate.ndim == 3 else share[..., None])
 
 
 def _products(logs: Float[Tensor, "*s c"]) -> tuple[Float[Tensor, "*s c"], Float[Tensor, "*s c c"]]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chronotope.memories.learners import applied
+from chronotope.memories.optimizers import normalized
 from chronotope.memories.state import Gates, Memory, MemoryState
 
 
@@ -30,11 +31,15 @@ def compute(
     for t in range(q.shape[2]):
         now = slice(t, t + 1)
         threshold = None if gates.threshold is None else gates.threshold[:, :, now].double()
-        slopes = _gradients(memory, k[:, :, now], v[:, :, now], threshold, start)
+        slope, *gradients = _gradients(memory, k[:, :, now], v[:, :, now], threshold, start)
+        rates = gates.rate[:, :, now].double()
+        if memory.optimizer.normalizes:
+            gradient = torch.stack([x.square().sum((-2, -1)) for x in gradients]).sum(0)
+            rates = normalized(rates, slope.square().sum(-1), gradient[..., None])
         before = list(found), list(surprise)
-        for number, (side, slope) in enumerate(zip(sides, slopes, strict=True)):
-            rate, decay, momentum = (_gate(x, t, side) for x in (gates.rate, gates.decay, gates.momentum))
-            update = -rate * slope
+        for number, (side, gradient) in enumerate(zip(sides, gradients, strict=True)):
+            decay, momentum = (_gate(x, t, side) for x in (gates.decay, gates.momentum))
+            update = -_gate(rates, 0, side) * gradient
             if memory.optimizer.momentum:
                 update = surprise[number] = momentum.exp() * surprise[number] + update
             found[number] = decay.exp() * found[number] + update
@@ -54,14 +59,19 @@ def compute(
 def _gradients(
     memory: Memory, k: Tensor, v: Tensor, threshold: Tensor | None, start: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """dl / dW, by autograd; with a graph where one is wanted."""
+    """dl / dy, y being what the last layer gives, then dl / dW of every layer: by autograd, with a graph if wanted."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         weights = [memory.retention.weights(x) for x in start]
         weights = [x if x.requires_grad else x.detach().requires_grad_() for x in weights]
-        y = memory.learner.read(k, applied(weights))
-        loss = memory.loss.value(y, v, threshold).sum()
-        return torch.autograd.grad(loss, weights, create_graph=graph, materialize_grads=True)
+        outputs: list[Tensor] = []
+
+        def layer(number: int, x: Tensor) -> Tensor:
+            outputs.append(applied(weights)(number, x))
+            return outputs[-1]
+
+        loss = memory.loss.value(memory.learner.read(k, layer), v, threshold).sum()
+        return torch.autograd.grad(loss, [outputs[-1], *weights], create_graph=graph, materialize_grads=True)
 
 
 def _gate(x: Tensor | None, t: int, side: str) -> Tensor:

@@ -31,9 +31,9 @@ class Memory:
 class Gates:
     """What the tokens say of their own updates. Each but the threshold and `keep` also by channel, [B, H, N, Dv].
 
-    rate: step of the inner descent, >= 0. decay: log of the share of the memory that is kept, <= 0; None: all.
-    momentum: log of the share of past surprise that goes on, <= 0. threshold: of a Huber loss. keep: False where a
-    token is padding, which changes nothing and reads 0.
+    rate: step of the inner descent, >= 0; of a `Normalized` one the share of the error that goes. decay: log of the
+    share of the memory that is kept, <= 0; None: all. momentum: log of the share of past surprise that goes on, <= 0.
+    threshold: of a Huber loss. keep: False where a token is padding, which changes nothing and reads 0.
     """
 
     rate: Float[Tensor, "b h n *dv"]

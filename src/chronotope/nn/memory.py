@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from chronotope.carried import Carried
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.memories import Gates, Memory, MemoryState, Mlp, Momentum, begin, memorize, recall
+from chronotope.memories import Gates, Memory, MemoryState, Mlp, Momentum, Normalized, Residual, begin, memorize, recall
 from chronotope.nn.convolution import ConvState, ShortConv
 from chronotope.nn.mixer import Context, Mixer, require_slice, require_tokens
 
@@ -30,7 +30,7 @@ class MemoryGates(nn.Module):
         memory: it has the gates that its parts take.
         channels: None: one number for each head and token; else one for each of so many channels, the threshold not.
         rank: None: one matrix for all gates; else two, with so many channels between.
-        rate: the largest step of the inner descent.
+        rate: the largest step of the inner descent, or the largest share where the optimizer is `Normalized`.
         threshold: that of a Huber loss at the start.
     """
 
@@ -97,10 +97,13 @@ class DeepMemory(Mixer):
 
     Args:
         dim: channels of x.
-        heads: heads, each with a network of its own, whose weights at the start are learned.
-        memory: the four choices; None: an MLP of two layers, L2 loss, decay, momentum, as in Titans.
-        gates: a module x -> Gates; None: `MemoryGates` with a rate of at most 1 / (4 chunk). All tokens of a
-            chunk pull at the same weights, so with keys that are alike a larger rate may diverge.
+        heads: heads, each with a network of its own, whose weights at the start are learned. The last layer begins
+            as zeros: what is read is what has been written, and no noise; not so inside a `Residual`.
+        memory: the four choices; None: an MLP of two layers, L2 loss, decay, momentum, as in Titans, and normalized
+            rates, which are not.
+        gates: a module x -> Gates; None: `MemoryGates` with a rate of at most 1 / (4 chunk), or of 2 / chunk where
+            the optimizer is `Normalized`. All tokens of a chunk pull at the same weights, so with keys that are alike
+            a larger rate may diverge.
         chunk, truncate: as for `memorize`.
         head_dim: default dim / heads.
         conv: tokens that the convolution sees; None: no convolution.
@@ -132,12 +135,16 @@ class DeepMemory(Mixer):
             raise ChronotopeError(f"DeepMemory: dim={dim} is not a multiple of heads={heads}; give head_dim.")
         self.dim, self.heads, self.chunk, self.truncate = dim, heads, chunk, truncate
         self.head_dim = dim // heads if head_dim is None else head_dim
-        self.memory = Memory(learner=Mlp(2), optimizer=Momentum()) if memory is None else memory
-        self.gates = MemoryGates(dim, heads, self.memory, rate=0.25 / chunk) if gates is None else gates
+        self.memory = Memory(learner=Mlp(2), optimizer=Normalized(Momentum())) if memory is None else memory
+        largest = min(1.0, 2 / chunk) if self.memory.optimizer.normalizes else 0.25 / chunk
+        self.gates = MemoryGates(dim, heads, self.memory, rate=largest) if gates is None else gates
         inner = heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.conv = None if conv is None else ShortConv(3 * inner, conv)
         self.weights = nn.ParameterList(self.memory.learner.weights(heads, self.head_dim, self.head_dim))
+        # LN inside a residual would blow the first gradients up: what it norms would be 0.
+        if not isinstance(self.memory.learner, Residual):
+            nn.init.zeros_(self.weights[-1])
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.gate = nn.Linear(dim, inner, bias=False) if gate else None
         self.out = nn.Linear(inner, dim, bias=False)

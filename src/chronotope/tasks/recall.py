@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import chronotope as ct
 from chronotope import features
 from chronotope.grid import Grid
-from chronotope.memories import Descent, Matrix, Memory
-from chronotope.nn import Attention, Block, Decay, DeepMemory, Mamba2, MemoryGates, Mixer, Recurrence, ShortConv, Stack
+from chronotope.memories import Learner, Matrix, Memory, Mlp, Normalized
+from chronotope.nn import Attention, Block, Decay, DeepMemory, Mamba2, Mixer, Recurrence, ShortConv, Stack
 from chronotope.patterns import Pattern
 from chronotope.planning.parse import unknown_name
 from chronotope.tasks.training import quiet
@@ -42,9 +42,9 @@ class Recall:
     dim: int = 64
     heads: int = 2
     layers: int = 2
-    steps: int = 600
+    steps: int = 800
     batch: int = 64
-    rate: float = 1e-2
+    rate: float = 5e-3
     seed: int = 0
     tested: int = 256
 
@@ -170,9 +170,9 @@ def menu(task: Recall) -> dict[str, Makes]:
             dim, heads, head_dim=size, value_dim=value, **{k: part() for k, part in parts.items()}
         )
 
-    def descent() -> Mixer:
-        memory = Memory(learner=Matrix(), optimizer=Descent())
-        return DeepMemory(dim, heads, memory=memory, gates=MemoryGates(dim, heads, memory, rate=0.3), chunk=8)
+    def descent(learner: Learner) -> Callable[[], Mixer]:
+        # The blocks have a short convolution already.
+        return lambda: DeepMemory(dim, heads, memory=Memory(learner, optimizer=Normalized()), chunk=8, conv=None)
 
     window = softmax(ct.window(n=(15, 0)))
     return {
@@ -187,8 +187,8 @@ def menu(task: Recall) -> dict[str, Makes]:
         "delta rule, 32": (recurrence(32, delta),),
         "delta rule, 32, window of 16": (recurrence(32, delta), window),
         "Mamba-2, 32 states": (lambda: Mamba2(dim, 32, head_dim=dim // heads),),
-        "matrix memory by descent": (descent,),
-        "deep memory": (lambda: DeepMemory(dim, heads, chunk=16),),
+        "matrix memory by descent": (descent(Matrix()),),
+        "deep memory": (descent(Mlp(2, expansion=2)),),
     }
 
 
