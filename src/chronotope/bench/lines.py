@@ -18,6 +18,7 @@ TITLES = {
     "rounding": "root mean square error against float64, and its ratio to that of SDPA under the dense mask",
     "recurrences": "recurrences, heads of 64, float32; x: causal SDPA time / time; reached: share of the peak of a "
     "matrix product, by counted operations",
+    "routes": "routes, heads of 64, float32, choosing included; x: SDPA time / time; bound: 1 / pairs computed",
     "stepping": "one token after the other: bytes of the state and time of a step, after contexts of growing length",
 }
 LEGEND = (
@@ -66,7 +67,19 @@ def line(rows: list[Row]) -> str:
             f"{row.grid[7:-1]:>7}: {1e6 * (row.seconds_median or 0):7.0f} us {row.peak_mb:9.3f} MB" for row in rows
         )
         return f"  {first.row:30}{'  '.join(cells)}"
+    if first.table == "routes":
+        return _routed(rows)
     return _timed(rows)
+
+
+def _routed(rows: list[Row]) -> str:
+    first = rows[0]
+    out = f"  {_tokens(first):>6,} {first.row:32}{_ms(first)} ms {first.ratio_to_dense or 0:6.1f}x"
+    if first.bound is not None:
+        out += f" of {first.bound:6.1f}x: {first.reached or 0:5.2f}"
+    for row in rows[1:]:
+        out += f"   {row.phase}{_ms(row)} ms" + (f" {row.reached:5.2f} of bound" if row.reached else "")
+    return out + ("" if first.error is None else f"{first.error:10.1e}")
 
 
 def _stepped(row: Row) -> str:

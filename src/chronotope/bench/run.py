@@ -16,6 +16,7 @@ from chronotope.bench.recurrences import recurrences
 from chronotope.bench.referee import machine
 from chronotope.bench.results import Row, write
 from chronotope.bench.rounding import rounding
+from chronotope.bench.routes import routes
 from chronotope.bench.stepping import stepping
 from chronotope.bench.timing import Settings
 from chronotope.errors import ChronotopeError
@@ -32,6 +33,7 @@ TABLES: dict[str, Table] = {
     "rounding": rounding,
     "recurrences": recurrences,
     "stepping": stepping,
+    "routes": routes,
 }
 COMPILED = ("none", "window", "all")
 DEVICES = ("cpu", "cuda")

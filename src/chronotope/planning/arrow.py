@@ -48,6 +48,8 @@ def _looks_back(pattern: Pattern, grid: Grid, key_grid: Grid, axis: str) -> bool
     slices = torch.arange(count)
     later = align(slices, count, length) + 1
     slices, later = slices[later < length], later[later < length]
+    if not len(slices):  # nothing is later than any query, so nothing is looked back at either
+        return False
     q = _slices(grid, axis, slices, slices)
     return not bool(pattern.over(q, _slices(key_grid, axis, later, torch.full_like(later, length - 1)))[0].any())
 

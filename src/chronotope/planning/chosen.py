@@ -5,9 +5,9 @@ The heads of a batch lie one after the other in one long sequence (`Copies`), so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Bool, Int64
@@ -18,7 +18,7 @@ from chronotope.grid import Coords, Grid
 from chronotope.patterns import Pattern
 from chronotope.patterns.base import Verdict
 from chronotope.planning.layout import Copies, Layout, Nest
-from chronotope.planning.search import search
+from chronotope.planning.tiles import Tiles
 from chronotope.planning.tiling import PAIRS_AT_ONCE, Found, Tiling
 
 BITS = 62
@@ -53,21 +53,27 @@ ALL, NONE = Decided(torch.tensor(True)), Decided(torch.tensor(False))
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The pairs of blocks that a route chose, sorted by the pair of tiles in which they lie."""
+    """The pairs of blocks that a route chose, sorted by the pair of tiles in which they lie.
+
+    `lit`: which blocks of queries chose something, and which of keys were chosen by somebody, in each slab.
+    """
 
     q: Nest
     k: Nest
     pair: Int64[Tensor, "n"]
     within: Int64[Tensor, "n"]
+    lit: tuple[Bool[Tensor, "slabs fine_q"], Bool[Tensor, "slabs fine_k"]]
 
     @classmethod
-    def of(cls, chosen: Int64[Tensor, "n"], q: Nest, k: Nest) -> Choice:
+    def of(cls, chosen: Int64[Tensor, "n"], q: Nest, k: Nest, slabs: int) -> Choice:
         """From the numbers of (slab, query block, key block)."""
         col, rest = chosen % len(k.fine.sizes), chosen // len(k.fine.sizes)
         row, slab = rest % len(q.fine.sizes), rest // len(q.fine.sizes)
         pair = (slab * len(q.coarse.sizes) + q.parent[row]) * len(k.coarse.sizes) + k.parent[col]
         order = pair.argsort(stable=True)
-        return cls(q, k, pair[order], (q.child[row] * k.most + k.child[col])[order])
+        lit = [torch.zeros(slabs, len(nest.fine.sizes), dtype=torch.bool) for nest in (q, k)]
+        lit[0][slab, row] = lit[1][slab, col] = torch.ones((), dtype=torch.bool)
+        return cls(q, k, pair[order], (q.child[row] * k.most + k.child[col])[order], (lit[0], lit[1]))
 
     def share(self, pairs: Int64[Tensor, "p"]) -> tuple[Bool[Tensor, "p"], Bool[Tensor, "p"]]:
         """Of each pair of tiles: whether some of it was chosen, and whether all."""
@@ -108,7 +114,8 @@ class Chosen(Tiling):
     """The pairs of tiles that an expression of routes and patterns shows, for `slabs` heads one after the other.
 
     `pair`: numbers of (slab, query tile, key tile). `kind`: of the element mask, -1 where everything is visible.
-    `member`: a pair of each kind. `group`: query heads that share a key head.
+    `member`: a pair of each kind. `group`: query heads that share a key head. `live`: queries that may see something,
+    and keys that may be seen, whatever is chosen; None where more is seen the less is chosen.
     """
 
     where: Pattern
@@ -116,6 +123,7 @@ class Chosen(Tiling):
     choices: dict[Pattern, Choice]
     slabs: int
     group: int
+    live: tuple[Bool[Tensor, "n_query"], Bool[Tensor, "n_key"]] | None
     pair: Int64[Tensor, "p"]
     kind: Int64[Tensor, "p"]
     member: Int64[Tensor, "kinds"]
@@ -158,6 +166,20 @@ class Chosen(Tiling):
         decided = {route: Decided(choice.seen(pairs, x, y)) for route, choice in self.choices.items()}
         seen = self.where.given(decided).sees(x.view(n, width, 1), y.view(n, 1, depth))
         return seen & real_x[:, :, None] & real_y[:, None, :]
+
+    @cached_property
+    def sighted(self) -> tuple[Bool[Tensor, "n_query"], Bool[Tensor, "n_key"]]:
+        """Queries that may see something of what was chosen, and keys that may be seen: more than do, at worst."""
+        if self.live is None:
+            return Tiling.sighted.func(self)  # type: ignore[attr-defined, no-any-return]
+        without = _without(self.where, self.layouts, self.choices).sighted
+        both = []
+        for side in (0, 1):
+            lit = without[side].expand(self.slabs, -1)
+            for choice in self.choices.values():
+                lit = lit | (choice.lit[side][:, (choice.q, choice.k)[side].fine.tile_of] & self.live[side])
+            both.append(lit)
+        return both[0].flatten(), both[1].unflatten(0, (-1, self.group)).any(1).flatten()
 
     def strips(self, rows: range) -> Iterator[tuple[Int64[Tensor, "tokens"], Bool[Tensor, "slabs tokens nk"]]]:
         """Some query tiles of every slab, one tile at a time: its tokens, and what they see."""
@@ -207,9 +229,14 @@ class Chosen(Tiling):
 
 
 def assemble(
-    where: Pattern, layouts: tuple[Layout, Layout], choices: dict[Pattern, Choice], slabs: int, group: int
+    where: Pattern,
+    layouts: tuple[Layout, Layout],
+    choices: dict[Pattern, Choice],
+    slabs: int,
+    group: int,
+    live: tuple[Bool[Tensor, "n_query"], Bool[Tensor, "n_key"]] | None,
 ) -> Chosen:
-    """The tiles of an expression, its routes having chosen."""
+    """The tiles of an expression, its routes having chosen; arguments as the fields of `Chosen`."""
     q, k = layouts
     rows, cols = len(q.sizes), len(k.sizes)
     touched = torch.unique(torch.cat([NOBODY, *(choice.pair for choice in choices.values())]))
@@ -218,7 +245,7 @@ def assemble(
     for i, (some, every) in enumerate(shares):
         combination += every.long() << i
         mixed |= some & ~every
-    rest = _untouched(where.given(dict.fromkeys(choices, NONE)), layouts, touched, slabs)
+    rest = _untouched(_without(where, layouts, choices), touched, slabs)
     plain = torch.cat([touched[~mixed], rest])
     combination = torch.cat([combination[~mixed], torch.zeros_like(rest)])
     visible, kind = _static(where, layouts, list(choices), plain % (rows * cols), combination)
@@ -231,7 +258,7 @@ def assemble(
     member = torch.zeros(_beyond(kind), dtype=torch.int64)
     partial = (kind >= 0).nonzero().flatten()
     member[kind[partial]] = partial
-    return Chosen(where, layouts, choices, slabs, group, pair, kind, member)
+    return Chosen(where, layouts, choices, slabs, group, live, pair, kind, member)
 
 
 def _mixed(
@@ -257,12 +284,19 @@ def _beyond(kind: Tensor) -> int:
     return int(kind.max()) + 1 if len(kind) else 0
 
 
-def _untouched(
-    base: Pattern, layouts: tuple[Layout, Layout], touched: Int64[Tensor, "n"], slabs: int
-) -> Int64[Tensor, "m"]:
+def _without(where: Pattern, layouts: tuple[Layout, Layout], routes: Iterable[Pattern]) -> Tiles:
+    """What is seen although no route chose anything."""
+    return _tiles(where.given(dict.fromkeys(routes, NONE)), *layouts)
+
+
+@lru_cache(maxsize=64)
+def _tiles(pattern: Pattern, q: Layout, k: Layout) -> Tiles:
+    return Tiles(pattern, q, k)
+
+
+def _untouched(without: Tiles, touched: Int64[Tensor, "n"], slabs: int) -> Int64[Tensor, "m"]:
     """The pairs where something is seen although no route chose anything of them."""
-    found = search(base, *layouts)
-    rows, cols = (len(layout.sizes) for layout in layouts)
+    found, rows, cols = without.found, len(without.q.sizes), len(without.k.sizes)
     every = (torch.arange(slabs)[:, None] * rows * cols + found.rows * cols + found.cols).flatten()
     return every[~torch.isin(every, touched)]
 

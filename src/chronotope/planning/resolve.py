@@ -26,9 +26,9 @@ def resolve(
     heads = q.shape[0] * q.shape[1], q.shape[1] // k.shape[1]
     if not routes:
         tiles = plan(where, grid, key_grid).parts[0].tiles
-        return assemble(where, (tiles.q, tiles.k), {}, *heads)
-    possible = where.given(dict.fromkeys(routes, ALL))
-    if not _grows(where):
+        return assemble(where, (tiles.q, tiles.k), {}, *heads, None)
+    possible, grows = where.given(dict.fromkeys(routes, ALL)), _grows(where)
+    if not grows:
         possible = possible | where.given(dict.fromkeys(routes, NONE))
     blocks = [route.blocks(grid, key_grid) for route in routes]
     coarse = (
@@ -38,9 +38,10 @@ def resolve(
     choices: dict[Pattern, Choice] = {}
     for route, (own, other) in zip(routes, blocks, strict=True):
         fine = Layout(grid, own), Layout(key_grid, other)
-        chosen = route.choose(q, k, sight(possible, *fine))
-        choices[route] = Choice.of(chosen, Nest(fine[0], coarse[0]), Nest(fine[1], coarse[1]))
-    return assemble(where, coarse, choices, *heads)
+        own_sight = sight(possible, *fine)
+        chosen = route.choose(q, k, own_sight)
+        choices[route] = Choice.of(chosen, Nest(fine[0], coarse[0]), Nest(fine[1], coarse[1]), heads[0])
+    return assemble(where, coarse, choices, *heads, own_sight.live if grows else None)
 
 
 def _grows(where: Pattern) -> bool:

@@ -94,7 +94,7 @@ class Sight:
     @cached_property
     def queries(self) -> Pool:
         """The tokens that stand for each block of queries."""
-        live = self._live(self.q, queries=True)
+        live = self.live[0]
         if self.arrow is None:
             return _pool(self.q, live)
         tile = torch.arange(self.counts[0]) + self.q.prefix_tiles
@@ -105,7 +105,7 @@ class Sight:
     @cached_property
     def keys(self) -> Pool:
         """The tokens that stand for each block of keys, and after them those of blocks known in part."""
-        live = self._live(self.k, queries=False)
+        live = self.live[1]
         whole = _pool(self.k, live)
         extra, _ = self._part
         return whole if extra is None else join([whole, extra])
@@ -123,13 +123,14 @@ class Sight:
         known = self._over(self.arrow)[1]
         rows, cols = (self.visible & ~known & ~self.own).nonzero().T  # its own are kept whatever their score
         column = torch.arange(self.counts[1]).repeat(self.counts[0], 1)
-        column[self.own & ~known] = UNKNOWN
+        # A last block is not known because the first axis ends within it: a choice must not ask how long that is.
+        column[self.own & ~self._over(self.arrow, unended=True)[1]] = UNKNOWN
         if not len(rows):
             return None, column
         tiles = rows + self.q.prefix_tiles, cols + self.k.prefix_tiles
         token, real = _members(self.k, tiles[1])
         known = real & self._known(self.arrow, self.q, tiles[0], self.k, tiles[1])
-        known &= self._live(self.k, queries=False)[token]
+        known &= self.live[1][token]
         found, inverse = torch.unique(torch.cat([cols[:, None], known.long()], 1), dim=0, return_inverse=True)
         some = found[:, 1:].any(1)
         number = torch.where(some, some.cumsum(0) - 1 + self.counts[1], UNKNOWN)
@@ -139,11 +140,14 @@ class Sight:
         token, _ = _members(self.k, found[some, 0] + self.k.prefix_tiles)
         return _compact(token, found[some, 1:].bool()), column
 
-    def _over(self, pattern: Pattern) -> tuple[Bool[Tensor, "nq nk"], Bool[Tensor, "nq nk"]]:
-        """(some, all) of every pair of blocks."""
+    def _over(self, pattern: Pattern, unended: bool = False) -> tuple[Bool[Tensor, "nq nk"], Bool[Tensor, "nq nk"]]:
+        """(some, all) of every pair of blocks; unended: as if the first axis of the keys went on."""
         rows, cols = self.counts
         some, every = torch.empty(rows, cols, dtype=torch.bool), torch.empty(rows, cols, dtype=torch.bool)
         k = self.k.boxes(torch.arange(cols) + self.k.prefix_tiles)
+        if unended:
+            axis = self.k.grid.axes[0]
+            k = Boxes(k.grid, k.lo, {**k.hi, axis: k.lo[axis] + self.k.tile[0] - 1}, k.prefix)
         for part in chunks(rows, cols, PAIRS_AT_ONCE):
             own = torch.arange(part.start, part.stop).repeat_interleave(cols)
             other = torch.arange(cols).repeat(part.stop - part.start)
@@ -157,8 +161,12 @@ class Sight:
         which = torch.arange(len(rows)).repeat_interleave(real.shape[1])
         return order.over(q.boxes(rows[which]), _points(coords))[1].view(real.shape)
 
+    @cached_property
+    def live(self) -> tuple[Bool[Tensor, "n_query"], Bool[Tensor, "n_key"]]:
+        """Queries that may see something, and keys that may be seen: no other may influence a choice."""
+        return self._live(self.q, queries=True), self._live(self.k, queries=False)
+
     def _live(self, layout: Layout, queries: bool) -> Bool[Tensor, "n"]:
-        """Tokens that see something, or are seen: no other may influence a choice."""
         n = layout.grid.size
         if self.pattern.costly:
             return torch.ones(n, dtype=torch.bool)
