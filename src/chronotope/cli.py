@@ -280,6 +280,46 @@ def recall(
     print(f"wrote {write_recall(compare(task, only), task, out)}")
 
 
+@app.command()
+def fidelity(
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video for the predictor. Default: digits that move.", metavar="FILE", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text for the language model, plain or .gz. Default: the source of Python's standard library.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Training of the predictor.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Training steps of the language model.")] = 400,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for fidelity.html and fidelity.json.", metavar="DIR")] = Path("out"),
+) -> None:
+    """**What routes keep** of the attention of two trained models, beside static patterns and the best choice there is.
+
+    Example:
+
+    ```
+    chronotope fidelity --video clip.mp4 --text book.txt
+    ```
+    """
+    import torch
+
+    from chronotope.report.fidelity import fidelity_table, write_fidelity
+    from chronotope.tasks import fidelity as task
+
+    torch.set_num_threads(threads)
+    console = Console(highlight=False)
+    samples = [task.video(video, minutes, out / "kept", console), task.text(text, steps, console)]
+    rows = [row for sample in samples for row in task.compare(sample, console)]
+    console.print(fidelity_table(rows))
+    console.print(f"wrote {write_fidelity(rows, out)}")
+
+
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None

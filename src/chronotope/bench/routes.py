@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def _length(n: int, cases: list[Routed | Other], settings: Settings) -> Iterator
     """All rows of one length, timed in the same rounds."""
     q, k, v = _inputs(n)
     runs: dict[str, Run] = {DENSE: _run(F.scaled_dot_product_attention, q, k, v)}
-    runs[CAUSAL] = _run(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), q, k, v)
+    runs[CAUSAL] = _run(partial(F.scaled_dot_product_attention, is_causal=True), q, k, v)
     facts: dict[str, Row] = {}
     for case in cases:
         compute, facts[case.name] = _prepared(case, n, q, k, v, settings)

@@ -20,6 +20,8 @@ from chronotope.nn.mixer import Context, Mixer, require_slice, require_tokens
 from chronotope.nn.stepping import attend_slice
 from chronotope.patterns import Pattern, full
 from chronotope.position import Rope
+from chronotope.routing.decoding import decode
+from chronotope.routing.pages import Pages, pages
 
 
 @dataclass(frozen=True)
@@ -118,22 +120,33 @@ class Attention(Mixer):
         q, k, _, _ = self._project(x, grid, context)
         return q, k
 
-    def init_state(self, batch: int, grid: Grid) -> AttentionState:
-        """An empty cache. Raises ChronotopeError where `where` looks ahead on the first axis, or cannot be stepped."""
+    def init_state(self, batch: int, grid: Grid) -> AttentionState | Pages:
+        """An empty cache, in pages where a route chooses among them.
+
+        Raises ChronotopeError where `where` looks ahead on the first axis, or cannot be stepped.
+        """
         require_slice(grid)
         if self.where is not None and not isinstance(self.where, Pattern):
             raise ChronotopeError(f"where={self.where!r} cannot be stepped: it is not a pattern of coordinates.")
         where = full() if self.where is None else self.where
+        if where.routes:
+            return self._pages(batch, grid, where)
         require_streamable(where, grid)
         empty = self.qkv.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)
         return AttentionState(empty, empty, 0, grid, where)
 
-    def step(self, x: Float[Tensor, "b s c"], state: AttentionState) -> tuple[Float[Tensor, "b s c"], AttentionState]:
+    def step(
+        self, x: Float[Tensor, "b s c"], state: AttentionState | Pages
+    ) -> tuple[Float[Tensor, "b s c"], AttentionState | Pages]:
         """The next slice. Slices that the pattern's horizon rules out for all coming queries are dropped."""
         if state.where is not self.where and state.where != self.where:
             raise ChronotopeError(
                 f"the state is for where={state.where!r}, the layer has {self.where!r}: call init_state again."
             )
+        if isinstance(state, Pages):
+            q, k, v, _ = self._project(x, state.grid, None, time=state.length)
+            out, state = decode(q, k, v, state, softcap=self.softcap)
+            return self.out(_joined(out)), state
         q, k, v, _ = self._project(x, state.grid, None, time=state.time)
         # Under autocast the new slice may be of a lower precision than the weights, whose dtype an empty cache has.
         k, v = torch.cat((state.k.to(k.dtype), k), 2), torch.cat((state.v.to(v.dtype), v), 2)
@@ -144,6 +157,12 @@ class Attention(Mixer):
             # A copy, so that the slices before it can be freed.
             k, v = k[:, :, spare:].clone(), v[:, :, spare:].clone()
         return self.out(_joined(out)), replace(state, k=k, v=v, time=state.time + 1)
+
+    def _pages(self, batch: int, grid: Grid, where: Pattern) -> Pages:
+        if self.bias is not None:
+            raise ChronotopeError(f"{where!r} with {self.bias!r} cannot be stepped: no bias joins what a route chose.")
+        sizes = {"batch": batch, "heads": self.heads, "kv_heads": self.kv_heads, "size": self.head_dim}
+        return pages(where, grid, **sizes, dtype=self.qkv.weight.dtype, device=self.qkv.weight.device)
 
     def _project(
         self, x: Tensor, grid: Grid, context: Context | None, time: int = 0

@@ -197,9 +197,9 @@ class Chosen(Tiling):
             for part in chunks(len(partial), len(tokens) * int(k.sizes.max()), PAIRS_AT_ONCE):
                 some = partial[part]
                 masks = self.mask_of(self.kind[some])
-                for i, pair in enumerate(some.tolist()):
-                    keys = k.order[k.start[col[pair]] : k.start[col[pair] + 1]]
-                    out[slab[pair], :, keys] = masks[i, : len(tokens), : len(keys)]
+                pair, within = (torch.arange(masks.shape[2]) < k.sizes[col[some]][:, None]).nonzero().T
+                keys = k.order[k.start[col[some[pair]]] + within]
+                out[slab[some[pair]], :, keys] = masks[pair, : len(tokens), within]
             yield tokens, out
 
     def masks(self) -> Bool[Tensor, "slabs nq nk"]:

@@ -66,9 +66,7 @@ def keep_cells(
     return found.view(scores.shape).permute(*(order.index(dim) for dim in range(4)))
 
 
-def keys_of(
-    kept: Bool[Tensor, "b h n width"], visible: Int64[Tensor, "some n"]
-) -> Int64[Tensor, "b h n most"]:
+def keys_of(kept: Bool[Tensor, "b h n width"], visible: Int64[Tensor, "some n"]) -> Int64[Tensor, "b h n most"]:
     """The keys of the cells that are kept, in order, and -1 beyond the end of each list."""
     first = first_keys(visible, kept.shape[3])
     sizes = torch.where(kept, first.diff()[:, None], 0)

@@ -14,7 +14,8 @@ from chronotope.attention import attention
 from chronotope.checks import check_grids, check_tensors
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Coords, Grid
-from chronotope.patterns import Pattern
+from chronotope.patterns import Pattern, full
+from chronotope.patterns.order import Constant
 from chronotope.routed import chosen, of_heads
 
 SCORES_AT_ONCE = 1 << 24
@@ -26,7 +27,7 @@ class Fidelity:
 
     mass: share of the dense attention weights that lies on visible pairs, the mean over queries. error: norm of the
     difference of the outputs by the norm of the dense output. recall: of the c keys that a query sees, the share that
-    is among its c best by dense weights, the mean over queries that see any. density: share of visible pairs.
+    is among its c best by dense weights, the mean over queries that see any. density: visible pairs by those of dense.
     """
 
     mass: Float[Tensor, "b h"]
@@ -48,10 +49,14 @@ def fidelity(
     grid: Grid,
     where: Pattern,
     key_grid: Grid | None = None,
+    dense: Pattern | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Fidelity:
     """What `where` keeps of dense attention, [B, H] each, see `Fidelity`. Two routes compare at equal density.
+
+    `dense`: what counts as dense, such as `causal()` for a language model; default: everybody sees everybody. `where`
+    is joined with it. Densities are shares of its pairs.
 
     Scores are looked at some queries at a time: memory grows with N. Time is that of dense attention several times.
     """
@@ -60,27 +65,41 @@ def fidelity(
         raise ChronotopeError(f"where={where!r}: expected a pattern or a route, such as ct.route.top_blocks(n=64).")
     check_grids(grid, key_grid)
     check_tensors(q, k, v, grid, key_grid)
+    dense = full() if dense is None else dense
+    where = where if isinstance(dense, Constant) else where & dense
     where.check(grid, key_grid)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    dense = attention(q, k, v, grid=grid, key_grid=key_grid, scale=scale, backend=backend).double()
-    out = attention(q, k, v, grid=grid, key_grid=key_grid, where=where, scale=scale, backend=backend).double()
-    error = (out - dense).norm(dim=(2, 3)) / dense.norm(dim=(2, 3))
-    mass, recall, seen, sighted = (q.new_zeros(q.shape[:2], dtype=torch.float64) for _ in range(4))
+    whole, out = (
+        attention(q, k, v, grid=grid, key_grid=key_grid, where=pattern, scale=scale, backend=backend).double()
+        for pattern in (dense, where)
+    )
+    error = (out - whole).norm(dim=(2, 3)) / whole.norm(dim=(2, 3))
+    mass, recall, seen, sighted, possible = (q.new_zeros(q.shape[:2], dtype=torch.float64) for _ in range(5))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    keys_at = Coords.of(key_grid, torch.arange(key_grid.size)).view(1, -1)
     for heads, tokens, mask in _rows(where, q, k, grid, key_grid):
         own, keys = of_heads(q, k, k, heads)[:2]
         group = own.shape[1] // keys.shape[1]
-        logits = scale * own[:, :, tokens].double() @ keys.double().repeat_interleave(group, 1).transpose(-1, -2)
+        own, keys = own[:, :, tokens].to(exact), keys.repeat_interleave(group, 1).to(exact)
+        logits = scale * own @ keys.transpose(-1, -2)
         mask = mask.to(q.device)
+        allowed = dense.sees(Coords.of(grid, tokens).view(-1, 1), keys_at).expand(mask.shape[-2:]).to(q.device)
+        logits = logits.masked_fill(~allowed, -torch.inf)
         count = mask.sum(-1)
-        kept = torch.where(mask, logits.softmax(-1), 0.0).sum(-1)
-        best = logits.argsort(dim=-1, descending=True, stable=True)
-        first = torch.arange(best.shape[-1], device=q.device) < count[..., None]
-        found = (mask.gather(-1, best) & first).sum(-1) / count.clamp(min=1)
+        kept = torch.where(mask, torch.nan_to_num(logits.softmax(-1)), 0.0).sum(-1)
+        # As many as are seen are best; what equals the last of them is one too.
+        least = logits.sort(dim=-1, descending=True).values.gather(-1, (count[..., None] - 1).clamp(min=0))
+        found = (mask & (logits >= least)).sum(-1) / count.clamp(min=1)
         at = torch.tensor(heads, device=q.device)
-        for total, new in ((mass, kept), (recall, found), (seen, count), (sighted, count > 0)):
+        for total, new in (
+            (mass, kept),
+            (recall, found),
+            (seen, count),
+            (sighted, count > 0),
+            (possible, allowed.sum(-1).expand_as(count)),
+        ):
             total.index_add_(1, at, new.double().sum(-1))
-    n = q.shape[2]
-    parts = (mass / n, error, recall / sighted.clamp(min=1), seen / (n * k.shape[2]))
+    parts = (mass / q.shape[2], error, recall / sighted.clamp(min=1), seen / possible.clamp(min=1))
     return Fidelity(*(part.float() for part in parts))
 
 

@@ -72,5 +72,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, place: Tensor, none: int, scale: fl
     # A row of -inf alone would have NaN for a gradient.
     logits = torch.where(real, logits, torch.where(found, -torch.inf, 0.0).to(logits))
     weights = torch.where(real, logits.softmax(-1), 0.0).to(v.dtype)
-    lse = torch.where(found[..., 0], logits.logsumexp(-1), -torch.inf) if place.shape[-1] else logits.sum(-1) - torch.inf
+    lse = (
+        torch.where(found[..., 0], logits.logsumexp(-1), -torch.inf) if place.shape[-1] else logits.sum(-1) - torch.inf
+    )
     return (weights[..., None, :] @ F.embedding(place, v))[..., 0, :], lse

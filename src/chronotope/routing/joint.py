@@ -14,17 +14,17 @@ from chronotope.routing.selections import Kept, Mass, Scores, Selection, require
 
 OVER = ("head", "block", "all")
 TINY = 1e-30
-"""The share of a block whose score is the lowest: kept after all others, but not never."""
+"""What the lowest score counts: kept after all others, but not never."""
 
 
 @dataclass(frozen=True)
 class Threshold(Selection):
     """The fewest blocks of each query block that hold a share of the sum of its scores, its own counted.
 
-    Scores are moved to [0, 1] before: (score - lowest) / (highest - lowest) of the blocks that it could keep.
+    Scores are counted from the lowest of the blocks that it could keep: neither their scale nor a shift matters.
     """
 
-    share: float
+    share: float | int
 
     def __post_init__(self) -> None:
         require_share("share", self.share)
@@ -32,8 +32,7 @@ class Threshold(Selection):
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
         known = scores > LOWEST
         low = scores.masked_fill(~known, torch.inf).amin(-1, keepdim=True)
-        high = scores.masked_fill(~known, -torch.inf).amax(-1, keepdim=True)
-        level = torch.where(known, (scores - low) / (high - low).clamp(min=TINY), 0.0)
+        level = torch.where(known, scores - low, 0.0)  # to divide by the highest would change no share
         # The softmax of logarithms is the share of the sum.
         return Mass(self.share)(level.clamp(min=TINY).log().masked_fill(scores == -torch.inf, -torch.inf), own)
 
@@ -43,7 +42,7 @@ class Joint(Selection):
     """`selection` among more pairs (query block, key block) at once than those of one query block.
 
     over: "head", all pairs of a head; "block", those of one key block, with all query blocks of all heads; "all", all
-    pairs of all heads. A share then counts of all these pairs, and so does a number. Own blocks are kept in any case.
+    pairs of all heads. A share is then of all these pairs, and a number counts among all.
     """
 
     selection: Selection
@@ -65,7 +64,7 @@ class Joint(Selection):
             groups = heads if self.over == "head" else 1
             first = own.expand(heads // groups, rows, cols).reshape(1, -1)
             kept = self.selection(scores.reshape(batch, groups, 1, -1), first).view(scores.shape)
-        return kept | (own & (scores > -torch.inf))
+        return kept
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class LowRank(nn.Module):
     ):
         super().__init__()
         channels = max(1, head_dim // 2) if channels is None else channels
-        if min(tokens, head_dim, rank, channels) < 1 or (terms is not None and not 1 <= terms):
+        if min(tokens, head_dim, rank, channels) < 1 or (terms is not None and terms < 1):
             raise ChronotopeError(
                 f"LowRank(tokens={tokens}, head_dim={head_dim}, rank={rank}, channels={channels}, terms={terms}): "
                 "expected numbers from 1 on."

@@ -183,5 +183,7 @@ def tree_search(
     if sample not in SAMPLES:
         raise ChronotopeError(f"tree_search: sample={sample!r}; expected one of {', '.join(SAMPLES)}.")
     if beside is not None and (beside.routes or beside.heads is not None):
-        raise ChronotopeError(f"tree_search: beside={beside!r}; expected a pattern of coordinates, alike for all heads.")
+        raise ChronotopeError(
+            f"tree_search: beside={beside!r}; expected a pattern of coordinates, alike for all heads."
+        )
     return TreeSearch(Cut.of("tree_search", block, queries), keep, stride, sample, beside, ahead)

@@ -12,7 +12,7 @@ from torch import Tensor
 from chronotope.planning import Pool
 
 Tokens = Float[Tensor, "b h n d"]
-Sets = Float[Tensor, "b h sets d"]
+Sets = Float[Tensor, "b h sets size"]
 
 
 class Summary(ABC):

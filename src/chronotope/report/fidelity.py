@@ -1,0 +1,55 @@
+"""What routes keep of attention, as a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from chronotope.report.plot import plotly
+from chronotope.tasks.fidelity import LIMIT, STATIC, Kept
+
+DASH = {STATIC: "dash", LIMIT: "dot"}
+
+
+def fidelity_table(rows: list[Kept]) -> Table:
+    """Row by row; `above static`: mass minus that of the best static pattern at the same density."""
+    table = Table(title="attention kept, means over layers and heads")
+    for column in ("model", "pattern", "density", "mass", "error", "recall", "above static"):
+        table.add_column(column, justify="left" if column in ("model", "pattern") else "right")
+    for row in rows:
+        numbers = [f"{number:.3f}" for number in (row.density, row.mass, row.error, row.recall)]
+        table.add_row(row.model, row.name, *numbers, "" if row.above is None else f"{row.above:+.3f}")
+    return table
+
+
+def write_fidelity(rows: list[Kept], folder: Path) -> Path:
+    """fidelity.json, and fidelity.html: mass and error against density, a line for each route."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fidelity.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    drawn = plotly()
+    parts: list[str] = []
+    for model in dict.fromkeys(row.model for row in rows):
+        for column, title in (("mass", "share of dense attention kept"), ("error", "relative error of the output")):
+            figure = drawn.graph_objects.Figure()
+            for name in dict.fromkeys(row.name for row in rows if row.model == model):
+                own = [row for row in rows if (row.model, row.name) == (model, name)]
+                own.sort(key=lambda row: row.density)
+                figure.add_scatter(
+                    x=[row.density for row in own],
+                    y=[getattr(row, column) for row in own],
+                    name=name,
+                    mode="lines+markers",
+                    line={"dash": DASH.get(own[0].kind, "solid")},
+                )
+            figure.update_layout(
+                title=f"{model}: {title}", xaxis={"title": "share of the pairs of dense", "type": "log"},
+                yaxis={"title": title}, template="plotly_white",
+            )  # fmt: skip
+            first = not parts
+            parts.append(drawn.offline.plot(figure, output_type="div", include_plotlyjs=first, auto_open=False))
+    path = folder / "fidelity.html"
+    path.write_text("\n".join(parts))
+    return path
