@@ -12,6 +12,7 @@ from pathlib import Path
 
 from chronotope.bench.cases import BACKWARD, BOTH, FORWARD
 from chronotope.bench.results import Row, read_all, suffix
+from chronotope.bench.routes import CHOOSING, growth
 from chronotope.bench.why import loses, why
 
 HERE = Path(__file__).parent
@@ -27,6 +28,7 @@ TITLES = {
     "rounding": "Rounding",
     "recurrences": "Recurrences",
     "stepping": "Stepping",
+    "routes": "Routes",
 }
 COLOURS = {
     "native": "#2f6f8f",
@@ -256,6 +258,38 @@ def stepping(rows: list[Row]) -> Lines:
     return markdown(["row", *(f"{int(grid[7:-1]):,} tokens" for grid in contexts)], body)
 
 
+def routes(rows: list[Row]) -> Lines:
+    """Routes from end to end at each length, and how time grew between the shortest and the longest."""
+    head = ["row", "tokens", "ms", "x of SDPA", "bound", "reached", "choosing, ms", "backward, x of SDPA's", "growth"]
+    body = []
+    for name, own in by(rows, lambda row: row.row).items():
+        whole = [row for row in own if row.phase == FORWARD and row.seconds_median]
+        for some in by(own, lambda row: row.grid).values():
+            found = {row.phase: row for row in some}
+            first, choosing, backward = found[FORWARD], found.get(CHOOSING), found.get(BACKWARD)
+            cells = [
+                number(first.seconds_median and 1e3 * first.seconds_median, "{:.1f}"),
+                number(first.ratio_to_dense, "{:.1f}x"),
+                number(first.bound, "{:.1f}x"),
+                number(first.reached),
+                number(choosing and choosing.seconds_median and 1e3 * choosing.seconds_median, "{:.1f}"),
+                number(backward and backward.ratio_to_dense, "{:.1f}x"),
+                f"N^{slope(whole):.2f}" if first is whole[-1] and len(whole) > 1 else "",
+            ]
+            body.append([name, f"{tokens(first):,}", *cells])
+    return markdown(head, body)
+
+
+def slope(rows: list[Row]) -> float:
+    """Of log time over log length."""
+    return growth([tokens(row) for row in rows], [row.seconds_median or math.nan for row in rows])
+
+
+def tokens(row: Row) -> int:
+    """Of a plain sequence."""
+    return int(row.grid.removeprefix("Grid(n=").removesuffix(")"))
+
+
 TABLES: dict[str, Callable[[list[Row]], Lines]] = {
     "attention": times,
     "windows": times,
@@ -266,6 +300,7 @@ TABLES: dict[str, Callable[[list[Row]], Lines]] = {
     "rounding": rounding,
     "recurrences": recurrences,
     "stepping": stepping,
+    "routes": routes,
 }
 PICTURED = ("attention", "windows", "sequences")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -69,7 +69,7 @@ def routes(settings: Settings) -> Iterator[list[Row] | str]:
             yield f"  {name}: time grows with N^{growth(lengths, times[name]):.2f}; claimed: {claim}"
 
 
-def growth(lengths: tuple[int, ...], seconds: list[float]) -> float:
+def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float:
     """The slope of log time over log length, by least squares."""
     slope, _ = statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in seconds])
     return slope
