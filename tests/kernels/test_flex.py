@@ -262,3 +262,18 @@ def test_the_compiler_is_imported_when_used() -> None:
     script = "import sys, chronotope.kernels.flex; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@LEAF
+def test_what_a_route_chose(uncompiled: str) -> None:
+    torch.manual_seed(0)
+    grid = ct.Grid(t=4, h=6, prefix=1)
+    where = (ct.route.top_blocks(2, queries={"t": 1}, t=2, h=2) & ct.causal("t")) | ct.window(h=3)
+    q, k, v = (torch.randn(2, heads, grid.size, 16, requires_grad=True) for heads in (4, 2, 2))
+    expected = ct.attention(q, k, v, grid=grid, where=where, return_lse=True, backend="reference")
+    found = ct.attention(q, k, v, grid=grid, where=where, return_lse=True, backend=uncompiled)
+    dout = [torch.randn_like(x) for x in expected]
+    wanted = torch.autograd.grad(expected, (q, k, v), dout)
+    grads = torch.autograd.grad(found, (q, k, v), dout)
+    for a, b in zip((*found, *grads), (*expected, *wanted), strict=True):
+        assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()

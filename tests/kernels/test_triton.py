@@ -312,3 +312,17 @@ def test_errors_are_at_most_twice_those_of_torch(where: ct.Pattern, dtype: torch
         band = half * float(value.square().mean().sqrt()), half * float(value.abs().max())
         assert mine[0] <= 2 * other[0] + band[0], (label, mine, other)
         assert mine[1] <= 2 * other[1] + band[1], (label, mine, other)
+
+
+def test_what_a_route_chose() -> None:
+    torch.manual_seed(0)
+    grid = ct.Grid(t=4, h=6, prefix=1)
+    where = (ct.route.top_blocks(2, queries={"t": 1}, t=2, h=2) & ct.causal("t")) | ct.window(h=3)
+    q, k, v = (torch.randn(2, heads, grid.size, 16, requires_grad=True) for heads in (4, 2, 2))
+    expected = ct.attention(q, k, v, grid=grid, where=where, return_lse=True, backend="reference")
+    found = ct.attention(q, k, v, grid=grid, where=where, return_lse=True, backend="triton")
+    dout = [torch.randn_like(x) for x in expected]
+    wanted = torch.autograd.grad(expected, (q, k, v), dout)
+    grads = torch.autograd.grad(found, (q, k, v), dout)
+    for a, b in zip((*found, *grads), (*expected, *wanted), strict=True):
+        assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()

@@ -296,7 +296,6 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "an unknown axis": (lambda: attend(ct.route.top_blocks(x=2)), "'x'"),
     "a plan": (lambda: ct.plan(ct.route.top_blocks(t=2), GRID), "without them"),
     "a bias": (lambda: attend(ct.route.top_blocks(t=2), bias=torch.zeros(16, 16)), "bias"),
-    "triton": (lambda: attend(ct.route.top_blocks(t=2), backend="triton"), "no routes"),
     "other heads": (lambda: attend(ct.per_head([ct.route.top_blocks(t=2)] * 3)), "3 heads"),
     "a wrong table": (lambda: attend(ct.route.chosen(torch.ones(2, 2, 3, 2, dtype=torch.bool), t=2)), "expected"),
     "wrong numbers": (lambda: attend(ct.route.chosen(torch.full((1, 1, 2, 1), 7), t=2)), "0 to 1"),

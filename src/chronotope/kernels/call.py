@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chronotope.bias import Bias
 from chronotope.grid import Coords, joint_shape
-from chronotope.planning import Tiles, Tiling
+from chronotope.planning import Tiling
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,6 @@ class Known:
 Backward = Callable[[Known, Tiling, Scores], Gradients]
 
 
-def of_pattern(tiles: Tiling) -> Tiles:
-    """The tiles of a pattern, for kernels that run no routes: `Backend.reasons` has refused all others."""
-    assert isinstance(tiles, Tiles)
-    return tiles
-
-
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention, and what it can do.
@@ -155,7 +149,6 @@ class Backend:
     softcap: bool = True
     grouped_heads: bool = True
     cross_grids: bool = True
-    routes: bool = True
     value_size: bool = True
     tested_on: str = "cpu"
     priority: int = 0
@@ -175,8 +168,6 @@ class Backend:
             out.append("has no softcap")
         if tiles.q.grid != tiles.k.grid and not self.cross_grids:
             out.append("takes one grid for queries and keys")
-        if not self.routes and not isinstance(tiles, Tiles):
-            out.append("runs patterns only, no routes")
         if facts.head_size != facts.value_size and not self.value_size:
             out.append(f"takes values of the size of the keys, got {facts.value_size} and {facts.head_size}")
         pairs = tiles.q.grid.size * tiles.k.grid.size

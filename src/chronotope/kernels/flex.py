@@ -18,9 +18,9 @@ from torch import Tensor
 
 from chronotope.bias import Relative
 from chronotope.grid import Coords
-from chronotope.kernels.call import Backend, Facts, Scores, of_pattern
+from chronotope.kernels.call import Backend, Facts, Scores
 from chronotope.kernels.relative import only_relative, relative
-from chronotope.planning import Layout, Order, Tiles, Tiling
+from chronotope.planning import Order, Tiling
 
 BLOCK = 128  # what FlexAttention's kernels take whatever their own block sizes are
 SMALLEST_HEAD = 16
@@ -49,7 +49,7 @@ class Side:
     whole: bool
 
     @classmethod
-    def of(cls, layout: Layout, sighted: Bool[Tensor, "tokens"], block: int) -> Side:
+    def of(cls, layout: Order, sighted: Bool[Tensor, "tokens"], block: int) -> Side:
         """The positions of a layout."""
         length, count = padded(layout, block), len(layout.sizes)
         tile = torch.arange(count).repeat_interleave(layout.sizes)
@@ -94,7 +94,7 @@ class Tables:
 
 
 @lru_cache(maxsize=16)
-def tables(tiles: Tiles, device: torch.device, block: int) -> Tables:
+def tables(tiles: Tiling, device: torch.device, block: int) -> Tables:
     """Kept by value: a plan is read by many calls."""
     # What is made in inference mode could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
@@ -107,7 +107,7 @@ def tables(tiles: Tiles, device: torch.device, block: int) -> Tables:
         return Tables(q.to(device), k.to(device), mask, (at[0].aligned(tiles.k.grid), at[1]), blind)
 
 
-def block_mask(tiles: Tiles, height: int, width: int, real: Bool[Tensor, "positions"]) -> Any:
+def block_mask(tiles: Tiling, height: int, width: int, real: Bool[Tensor, "positions"]) -> Any:
     """The BlockMask of blocks of `height` queries and `width` keys; `real`: which key positions hold a token."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -148,7 +148,7 @@ def listed(
     return count.int()[None, None], index[None, None]
 
 
-def element_masks(tiles: Tiles, height: int, width: int) -> Bool[Tensor, "kinds height width"]:
+def element_masks(tiles: Tiling, height: int, width: int) -> Bool[Tensor, "kinds height width"]:
     """What is seen inside a pair of tiles: nothing (0), everything (1), from 2 on the plan's kinds of partial pairs."""
     out = torch.zeros(2 + len(tiles.kinds[0]), height, width, dtype=torch.bool)
     out[1] = torch.ones((), dtype=torch.bool)
@@ -157,7 +157,7 @@ def element_masks(tiles: Tiles, height: int, width: int) -> Bool[Tensor, "kinds 
     return out
 
 
-def score_mod(tiles: Tiles, scores: Scores, found: Tables) -> Score | None:
+def score_mod(tiles: Tiling, scores: Scores, found: Tables) -> Score | None:
     """softcap and bias as a function of one score and its indices; None where there are neither."""
     steps: list[Score] = []
     if scores.softcap is not None:
@@ -215,7 +215,7 @@ def attend(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
     inner: Callable[..., Any],
     block: int = BLOCK,
@@ -264,7 +264,7 @@ def forward(
     scores: Scores,
 ) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"]]:
     """Attention over the tiles of a plan by compiled FlexAttention."""
-    return attend(q, k, v, of_pattern(tiles), scores, compiled())
+    return attend(q, k, v, tiles, scores, compiled())
 
 
 def reasons(facts: Facts, tiles: Tiling, scores: Scores) -> list[str]:
@@ -299,7 +299,6 @@ FLEX = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     head_sizes=f">= {SMALLEST_HEAD}",
     differentiable="once",
-    routes=False,
     tested_on="no GPU yet; its tables and scores on cpu",
     priority=5,
     also=reasons,

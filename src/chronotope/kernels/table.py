@@ -12,7 +12,7 @@ from chronotope.listing import Listing
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, FLEX, TORCH, TRITON, NATIVE)}
 COLUMNS = (
-    "backend", "devices", "dtypes", "head sizes", "backward", "lse", "bias", "softcap", "grouped", "cross", "routes",
+    "backend", "devices", "dtypes", "head sizes", "backward", "lse", "bias", "softcap", "grouped", "cross",
     "tested on", "what",
 )  # fmt: skip
 
@@ -20,7 +20,7 @@ COLUMNS = (
 def row(backend: Backend) -> list[str]:
     """The cells of one backend, under `COLUMNS`."""
     b = backend
-    flags = ["yes" if flag else "no" for flag in (b.lse, b.bias, b.softcap, b.grouped_heads, b.cross_grids, b.routes)]
+    flags = ["yes" if flag else "no" for flag in (b.lse, b.bias, b.softcap, b.grouped_heads, b.cross_grids)]
     dtypes = ",".join(str(dtype).removeprefix("torch.") for dtype in b.dtypes)
     return [b.name, ",".join(b.devices), dtypes, b.head_sizes, b.differentiable, *flags, b.tested_on, b.about]
 

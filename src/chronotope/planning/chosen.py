@@ -128,6 +128,10 @@ class Chosen(Tiling):
     kind: Int64[Tensor, "p"]
     member: Int64[Tensor, "kinds"]
 
+    @property
+    def pattern(self) -> None:  # type: ignore[override]
+        return None
+
     @cached_property
     def q(self) -> Copies:  # type: ignore[override]
         return Copies(self.layouts[0], self.slabs)

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from chronotope.boxes import Boxes, chunks
@@ -111,18 +111,18 @@ class Sight:
         return whole if extra is None else join([whole, extra])
 
     @cached_property
-    def column(self) -> Int64[Tensor, "nq nk"] | None:
+    def column(self) -> Int32[Tensor, "nq nk"] | None:
         """Which set of `keys` a block of queries knows a block of keys by, or UNKNOWN; None: the block's own."""
         return self._part[1]
 
     @cached_property
-    def _part(self) -> tuple[Pool | None, Int64[Tensor, "nq nk"] | None]:
+    def _part(self) -> tuple[Pool | None, Int32[Tensor, "nq nk"] | None]:
         """Blocks that a block of queries may know in part, and `column`."""
         if self.arrow is None:
             return None, None
         known = self._over(self.arrow)[1]
         rows, cols = (self.visible & ~known & ~self.own).nonzero().T  # its own are kept whatever their score
-        column = torch.arange(self.counts[1]).repeat(self.counts[0], 1)
+        column = torch.arange(self.counts[1], dtype=torch.int32).repeat(self.counts[0], 1)
         # A last block is not known because the first axis ends within it: a choice must not ask how long that is.
         column[self.own & ~self._over(self.arrow, unended=True)[1]] = UNKNOWN
         if not len(rows):
@@ -134,7 +134,7 @@ class Sight:
         found, inverse = torch.unique(torch.cat([cols[:, None], known.long()], 1), dim=0, return_inverse=True)
         some = found[:, 1:].any(1)
         number = torch.where(some, some.cumsum(0) - 1 + self.counts[1], UNKNOWN)
-        column[rows, cols] = number[inverse]
+        column[rows, cols] = number[inverse].int()
         if not bool(some.any()):
             return None, column
         token, _ = _members(self.k, found[some, 0] + self.k.prefix_tiles)
@@ -180,7 +180,7 @@ class Sight:
         """Scores of sets of keys as scores of blocks: -inf where nothing is visible, LOWEST where nothing is known."""
         scores = torch.where(scores.isnan(), LOWEST, scores.clamp(min=LOWEST))
         if self.column is not None:
-            column = self.column[rows].to(scores.device)
+            column = self.column[rows].long().to(scores.device)
             found = scores.gather(3, column.clamp(min=0).expand(*scores.shape[:3], -1))
             scores = torch.where(column == UNKNOWN, LOWEST, found)
         return scores.masked_fill(~self.visible[rows].to(scores.device), -torch.inf)
@@ -201,7 +201,7 @@ class Sight:
         return (slab * len(self.q.sizes) + row) * len(self.k.sizes) + col
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def sight(pattern: Pattern, q: Layout, k: Layout) -> Sight:
     """Kept by value: nothing in it depends on numbers."""
     return Sight(pattern, q, k)

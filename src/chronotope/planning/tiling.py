@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from chronotope.boxes import chunks
+from chronotope.patterns import Pattern
 from chronotope.planning.groups import Group, group
 from chronotope.planning.layout import Order
 from chronotope.planning.lists import Rows, by_key, by_query
@@ -33,6 +34,8 @@ class Tiling(ABC):
 
     q: Order
     k: Order
+    pattern: Pattern | None
+    """The pattern whose tiles these are; None where content decided."""
 
     @property
     @abstractmethod

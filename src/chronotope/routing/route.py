@@ -14,6 +14,7 @@ from chronotope.routing.joint import Impartial, Joint, Threshold
 from chronotope.routing.learned import Bilinear, Moments
 from chronotope.routing.pages import Pages, append, pages
 from chronotope.routing.predictors import LowRank
+from chronotope.routing.reuse import Reuse, reuse
 from chronotope.routing.scores import Cosine, Dot, Hashed, Score
 from chronotope.routing.search import TreeSearch, refine, tree_search
 from chronotope.routing.selections import Mass, Sampled, Selection, TopK
@@ -40,6 +41,7 @@ __all__ = [
     "Moments",
     "Pages",
     "Pool",
+    "Reuse",
     "Route",
     "Sampled",
     "Score",
@@ -59,6 +61,7 @@ __all__ = [
     "keys_of",
     "pages",
     "refine",
+    "reuse",
     "top_blocks",
     "tree_search",
 ]

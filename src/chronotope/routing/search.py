@@ -131,7 +131,7 @@ class _Answer:
         batch, heads, rows, some = item.shape
         number = self.block(item).clamp(min=0)
         if self.sight.column is not None:
-            column = self.sight.column[self.rows].to(number.device)
+            column = self.sight.column[self.rows].long().to(number.device)
             number = column.expand(batch, heads, -1, -1).gather(3, number)
         known, number = number != UNKNOWN, number.clamp(min=0)
         _, kv, sets, most, dim = self.keys.shape

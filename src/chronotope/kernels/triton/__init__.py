@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chronotope.kernels.call import Backend, Gradients, Known, Scores, of_pattern
+from chronotope.kernels.call import Backend, Gradients, Known, Scores
 from chronotope.kernels.triton.limits import HEAD_SIZE, reasons
 from chronotope.planning import Tiling
 
@@ -29,14 +29,14 @@ def forward(
     """Attention over the tiles of a plan: (out, lse). The meaning is `kernels.reference`."""
     from chronotope.kernels.triton.forward_pass import forward
 
-    return forward(q, k, v, of_pattern(tiles), scores)
+    return forward(q, k, v, tiles, scores)
 
 
 def backward(known: Known, tiles: Tiling, scores: Scores) -> Gradients:
     """Gradients of one call."""
     from chronotope.kernels.triton.backward_pass import backward
 
-    return backward(known, of_pattern(tiles), scores)
+    return backward(known, tiles, scores)
 
 
 TRITON = Backend(
@@ -47,7 +47,6 @@ TRITON = Backend(
     devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
     dtypes=(torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16),
     head_sizes=f"up to {HEAD_SIZE}",
-    routes=False,
     tested_on="interpreter only",
     priority=-1 if INTERPRETED else 20,
     also=reasons,

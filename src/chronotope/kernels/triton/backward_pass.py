@@ -14,12 +14,12 @@ from chronotope.kernels.triton.lists import lists
 from chronotope.kernels.triton.pairs import pairs as every_pair
 from chronotope.kernels.triton.scoring import pairs, scoring
 from chronotope.kernels.triton.tables import masks
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 ROWS = 64  # queries of a program of `prepare`
 
 
-def backward(known: Known, tiles: Tiles, scores: Scores, *, blocks: Shape | None = None) -> Gradients:
+def backward(known: Known, tiles: Tiling, scores: Scores, *, blocks: Shape | None = None) -> Gradients:
     """Gradients of q, k, v and of the tensors behind the bias. `blocks`: instead of those for the head size."""
     run = Backward(known, tiles, scores, blocks)
     dq = run.of_queries()
@@ -30,7 +30,7 @@ def backward(known: Known, tiles: Tiles, scores: Scores, *, blocks: Shape | None
 class Backward:
     """What the kernels of one call share. dS has no memory of its own; a bias takes its sums from all kernels."""
 
-    def __init__(self, known: Known, tiles: Tiles, scores: Scores, blocks: Shape | None):
+    def __init__(self, known: Known, tiles: Tiling, scores: Scores, blocks: Shape | None):
         self.known, self.tiles, self.scores, self.blocks = known, tiles, scores, blocks
         self.q, self.k, self.v = dense(known.q), dense(known.k), dense(known.v)
         out = dense(known.out)

@@ -16,7 +16,7 @@ from chronotope.kernels.triton.launch import Shape, dense, fit, launch, shape, s
 from chronotope.kernels.triton.lists import lists
 from chronotope.kernels.triton.scoring import scoring
 from chronotope.kernels.triton.tables import masks
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def forward(
     q: Float[Tensor, "b h nq d"],
     k: Float[Tensor, "b hk nk d"],
     v: Float[Tensor, "b hk nk dv"],
-    tiles: Tiles,
+    tiles: Tiling,
     scores: Scores,
     *,
     blocks: Shape | None = None,

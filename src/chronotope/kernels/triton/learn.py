@@ -13,7 +13,7 @@ from torch import Tensor
 from chronotope.kernels.call import Known, Scores
 from chronotope.kernels.relative import pull, relative
 from chronotope.kernels.triton.device import step
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 SUM_BITS = 60  # of a sum in 64 bits: one for the sign, and three for what the bound leaves out
 
@@ -42,7 +42,7 @@ def add_to_tables(totals, ds, scores, head, q_at, k_at, inside, TERMS: tl.conste
             index = tl.zeros(inside.shape, tl.int32)
 
 
-def totals(known: Known, dout: Tensor, tiles: Tiles, heads: int, entries: int) -> Totals:
+def totals(known: Known, dout: Tensor, tiles: Tiling, heads: int, entries: int) -> Totals:
     """Zeros, and a unit with which no sum leaves 64 bits; it is NaN where a gradient is.
 
     A query's |dS| add up to 2 * |dout| * (largest |v|) + |dlse| at most, for its probabilities add up to 1.
@@ -59,7 +59,7 @@ def totals(known: Known, dout: Tensor, tiles: Tiles, heads: int, entries: int) -
     return Totals(torch.zeros(heads, entries, dtype=torch.int64, device=dout.device), unit.reshape(1))
 
 
-def of_tables(sums: Totals, scores: Scores, tiles: Tiles) -> list[Tensor | None]:
+def of_tables(sums: Totals, scores: Scores, tiles: Tiling) -> list[Tensor | None]:
     """The gradients of the tensors behind a bias object."""
     exact = (sums.total.double() / sums.unit.double()).float()
     sizes = [one.table.shape[1] for one in relative(scores, tiles)]

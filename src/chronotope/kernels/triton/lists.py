@@ -14,7 +14,7 @@ from torch import Tensor
 from chronotope.boxes import Boxes, chunks
 from chronotope.grid import Coords
 from chronotope.kernels.triton.tables import kept, spread
-from chronotope.planning import Layout, Tiles
+from chronotope.planning import Order, Tiling
 from chronotope.planning.lists import Rows
 
 SMALLEST = 16  # what a product of tensor cores takes at least
@@ -38,7 +38,7 @@ class Lists(NamedTuple):
 
 
 @kept
-def lists(tiles: Tiles, by_query: bool, height: int, width: int, device: torch.device) -> Lists:
+def lists(tiles: Tiling, by_query: bool, height: int, width: int, device: torch.device) -> Lists:
     """Blocks of at most `height` query positions with pieces of at most `width` key positions, or the other way."""
     own, other = (tiles.q, tiles.k) if by_query else (tiles.k, tiles.q)
     pairs = Pairs.of(tiles.by_query if by_query else tiles.by_key, own, other, len(tiles.kinds[0]))
@@ -73,7 +73,7 @@ class Pairs:
     placed: Bool[Tensor, "p"]
 
     @classmethod
-    def of(cls, rows: Rows, own: Layout, other: Layout, kinds: int) -> Pairs:
+    def of(cls, rows: Rows, own: Order, other: Order, kinds: int) -> Pairs:
         """The pairs that `rows` lists; those that are full have the kind after all others."""
         owner, _ = spread(rows.start.long().diff())
         tile, partial = rows.tile.long(), rows.kind >= 0
@@ -84,7 +84,7 @@ class Pairs:
 class Runs:
     """The listed tiles of each tile joined to runs of consecutive positions, those without a mask first."""
 
-    def __init__(self, pairs: Pairs, other: Layout):
+    def __init__(self, pairs: Pairs, other: Order):
         owner = 2 * pairs.owner + pairs.masked
         order = torch.argsort(owner, stable=True)
         owner, tile, self.kind = owner[order], pairs.tile[order], pairs.kind[order]
@@ -108,7 +108,7 @@ class Runs:
 
 
 def assign(
-    tiles: Tiles,
+    tiles: Tiling,
     by_query: bool,
     tile: Int64[Tensor, "n"],
     spans: Int64[Tensor, "n 2"],
@@ -132,9 +132,11 @@ def assign(
 
 
 def _verdicts(
-    tiles: Tiles, by_query: bool, blocks: Int64[Tensor, "p 2"], pieces: Int64[Tensor, "p 2"]
+    tiles: Tiling, by_query: bool, blocks: Int64[Tensor, "p 2"], pieces: Int64[Tensor, "p 2"]
 ) -> tuple[Bool[Tensor, "p"], Bool[Tensor, "p"]]:
     """(some, all) as `Pattern.over` says it of the boxes around spans of positions."""
+    if tiles.pattern is None:  # only the masks know
+        return torch.ones(len(blocks), dtype=torch.bool), torch.zeros(len(blocks), dtype=torch.bool)
     queries, keys = (blocks, pieces) if by_query else (pieces, blocks)
     (q, of_q), (k, of_k) = _boxes(tiles.q, queries), _boxes(tiles.k, keys)
     found = [torch.ones(2, 0, dtype=torch.bool)]
@@ -144,7 +146,7 @@ def _verdicts(
     return some, every
 
 
-def _boxes(layout: Layout, spans: Int64[Tensor, "p 2"]) -> tuple[Boxes, Int64[Tensor, "p"]]:
+def _boxes(layout: Order, spans: Int64[Tensor, "p 2"]) -> tuple[Boxes, Int64[Tensor, "p"]]:
     """The boxes around distinct spans (position, count), and which is that of each."""
     distinct, index = torch.unique(spans, dim=0, return_inverse=True)
     member, offset = spread(distinct[:, 1])

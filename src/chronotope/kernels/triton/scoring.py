@@ -12,7 +12,7 @@ from chronotope.kernels.call import Scores
 from chronotope.kernels.relative import relative
 from chronotope.kernels.triton.device import LOG2E
 from chronotope.kernels.triton.tables import coordinates
-from chronotope.planning import Tiles
+from chronotope.planning import Tiling
 
 Term = tuple[int, int, int, int, bool]
 """Axis, reach, stride, the start of the table where it is the table's first axis, and whether it is the last."""
@@ -60,7 +60,7 @@ def pairs(x: Tensor) -> Pairs:
     return Pairs(x, *(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)))
 
 
-def scoring(scores: Scores, tiles: Tiles, device: torch.device) -> tuple[Scoring, tuple[Term, ...]]:
+def scoring(scores: Scores, tiles: Tiling, device: torch.device) -> tuple[Scoring, tuple[Term, ...]]:
     """The scores of a call, and the terms of the indices of its relative tables, which kernels are compiled for."""
     cap, log2e = scores.softcap, LOG2E.value
     tensor = Pairs(None, 0, 0, 0, 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from chronotope.grid import Coords
 from chronotope.kernels.triton.device import PACKED
 from chronotope.kernels.triton.limits import mask_words
-from chronotope.planning import Layout, Tiles
+from chronotope.planning import Order, Tiling
 
 
 class Masks(NamedTuple):
@@ -48,14 +48,14 @@ class Masks(NamedTuple):
 
 
 Make = Callable[..., Any]
-_kept: weakref.WeakKeyDictionary[Tiles, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Tiling, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def kept(make: Make) -> Make:
     """Keeps the results of `make(tiles, *hashable)` as long as the tiles live."""
 
     @wraps(make)
-    def found(tiles: Tiles, *rest: Any) -> Any:
+    def found(tiles: Tiling, *rest: Any) -> Any:
         known = _kept.setdefault(tiles, {})
         key = (make.__name__, *rest)
         if key not in known:
@@ -73,7 +73,7 @@ def spread(count: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "total"], Int64[Ten
 
 
 @kept
-def masks(tiles: Tiles, device: torch.device) -> Masks:
+def masks(tiles: Tiling, device: torch.device) -> Masks:
     """Tokens and element masks of a plan."""
     q_order, k_order = (
         _order(layout, sighted).int().to(device)
@@ -88,14 +88,14 @@ def masks(tiles: Tiles, device: torch.device) -> Masks:
     return Masks(tl.constexpr(places.shape[1]), q_order, k_order, bounds, places)
 
 
-def _order(layout: Layout, sighted: Tensor) -> Tensor:
+def _order(layout: Order, sighted: Tensor) -> Tensor:
     return torch.where(sighted[layout.order], layout.order, -1 - layout.order)
 
 
-def _relations(tiles: Tiles) -> tuple[Int64[Tensor, "nq r 2"], Int64[Tensor, "nk r"]] | None:
+def _relations(tiles: Tiling) -> tuple[Int64[Tensor, "nq r 2"], Int64[Tensor, "nk r"]] | None:
     """(bounds, places) of a separable pattern: intervals of places, and of residues where a relation has a step."""
     grid, key_grid = tiles.q.grid, tiles.k.grid
-    reaches = tiles.pattern.reaches(grid, key_grid)
+    reaches = None if tiles.pattern is None else tiles.pattern.reaches(grid, key_grid)
     if reaches is None:
         return None
     q, k = Coords.of(grid, tiles.q.order), Coords.of(key_grid, tiles.k.order)
@@ -114,7 +114,7 @@ def _relations(tiles: Tiles) -> tuple[Int64[Tensor, "nq r 2"], Int64[Tensor, "nk
     return torch.stack(bounds, 1), torch.stack(places, 1)
 
 
-def _packed(tiles: Tiles, q_order: Tensor, k_order: Tensor) -> Masks:
+def _packed(tiles: Tiling, q_order: Tensor, k_order: Tensor) -> Masks:
     kinds, rows, words = mask_words(tiles)
     out = torch.full((kinds + 1, rows, 4 * words), 255, dtype=torch.uint8)
     for part, seen in tiles.kind_masks():
@@ -129,7 +129,7 @@ def _packed(tiles: Tiles, q_order: Tensor, k_order: Tensor) -> Masks:
 
 
 @kept
-def coordinates(tiles: Tiles, axes: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def coordinates(tiles: Tiling, axes: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Coordinates [positions, axes] on the key grid: of the queries, aligned, and of the keys."""
     q = Coords.of(tiles.q.grid, tiles.q.order).aligned(tiles.k.grid)
     k = Coords.of(tiles.k.grid, tiles.k.order)
