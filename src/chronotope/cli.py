@@ -320,6 +320,37 @@ def fidelity(
     console.print(f"wrote {write_fidelity(rows, out)}")
 
 
+@app.command()
+def needle(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A route of the menu. May be given again. Default: all.", metavar="NAME", show_default=False),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the sequences that are asked.")] = 8192,
+    keep: Annotated[float, typer.Option(help="Share of the blocks of keys that a query may look at.")] = 0.1,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 450,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of weights and sequences.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for needle.html and needle.json.", metavar="DIR")] = Path("out"),
+) -> None:
+    """**Which routes find a needle**: a small model, trained with dense attention, reads a haystack under each route.
+
+    Example:
+
+    ```
+    chronotope needle --only dense --only "mean key" --only "oracle: most attention"
+    ```
+    """
+    import torch
+
+    from chronotope.report.needle import write_needle
+    from chronotope.tasks.needle import Needles, compare
+
+    torch.set_num_threads(threads)
+    task = Needles(length=length, keep=keep, steps=steps, seed=seed)
+    print(f"wrote {write_needle(compare(task, only), task, out)}")
+
+
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""A choice that is made now and then, and used until the next time: over steps, over layers, while queries stay alike."""
+"""A choice that is made now and then, and used until the next time."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Reuse(Route):
         place = (sight, tuple(q.shape), tuple(k.shape))
         query = q.mean(2)
         last = self.kept.get(place)
-        if last is None or self._over(last, query):
+        if last is None or self._due(last, query):
             last = self.kept[place] = Last(self.route.choose(q, k, sight), query, uses=0)
         last.uses += 1
         return last.chosen
 
-    def _over(self, last: Last, query: Float[Tensor, "b h d"]) -> bool:
+    def _due(self, last: Last, query: Float[Tensor, "b h d"]) -> bool:
         """Whether it is time to choose again."""
         if self.every is not None and last.uses >= self.every:
             return True
@@ -74,8 +74,8 @@ def reuse(route: Route, *, every: int | None = None, similarity: float | None = 
         similarity: and where the cosine between the mean query now and that of the last choice falls below this, for
             any head of the batch.
 
-    Neither: until `forget()`. Choices are kept for each pair of grids, batch size and pattern beside the route. Under an
-    order, an earlier call's choice knows what that call knew.
+    Neither: until `forget()`. Choices are kept for each pair of grids, batch size and pattern beside the route. Under
+    an order, an earlier call's choice knows what that call knew.
 
     Raises ChronotopeError: not a route, or numbers out of range.
     """
