@@ -8,7 +8,8 @@ from torch import Tensor
 
 from chronotope.grid import Grid
 from chronotope.patterns import And, Or, Pattern, Route
-from chronotope.planning.chosen import ALL, NONE, Choice, Chosen, assemble
+from chronotope.planning.choice import ALL, NONE, Choice
+from chronotope.planning.chosen import Chosen, assemble
 from chronotope.planning.layout import Layout, Nest, around
 from chronotope.planning.planner import plan
 from chronotope.planning.sight import sight
