@@ -263,6 +263,15 @@ def test_in_a_compiled_model() -> None:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def test_one_block_is_not_all_of_them() -> None:
+    grid = ct.Grid(n=12)
+    q, k, _ = numbers(grid, grid, 10)
+    one, every = ct.route.top_blocks(1, n=3), ct.route.top_blocks(1.0, n=3)
+    assert one != every and len({one, every}) == 2
+    assert (one | every).select(q, k, grid).all() and not (one & every).select(q, k, grid).all()
+    assert ct.route.top_blocks(mass=0.5, keep=1, n=3) != ct.route.top_blocks(mass=0.5, keep=1.0, n=3)
+
+
 def test_given_choices() -> None:
     grid = ct.Grid(n=12)
     q, k, v = numbers(grid, grid, 7, heads=(2, 2))

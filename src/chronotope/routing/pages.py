@@ -123,7 +123,6 @@ def _parts(where: Pattern) -> tuple[list[Blockwise], list[Causal], int]:
     return [x for x in parts if isinstance(x, Blockwise)], [x for x in parts if isinstance(x, Causal)], len(parts)
 
 
-# Numbers alone are kept: routes are equal whose keep is 1 and 1.0, one block and all of them.
 @lru_cache(maxsize=256)
 def _cut(where: Pattern, grid: Grid) -> tuple[int, int]:
     """Slices of a page, and slices of queries that choose together; raises where this cannot be decoded."""

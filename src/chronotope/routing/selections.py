@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,13 +27,22 @@ class Selection(ABC):
 
 
 @dataclass(frozen=True)
-class TopK(Selection):
+class Keeping(Selection, ABC):
+    """What keeps a share of the blocks, or a number of them. `counted`: a number, so that 1 is not taken for 1.0."""
+
+    counted: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        keep = getattr(self, "keep")  # noqa: B009
+        require_keep(keep)
+        object.__setattr__(self, "counted", isinstance(keep, int))
+
+
+@dataclass(frozen=True)
+class TopK(Keeping):
     """The `keep` best of each query block, its own counted: a share of those it could keep, or a number."""
 
     keep: float | int
-
-    def __post_init__(self) -> None:
-        require_keep(self.keep)
 
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
         possible = scores > -torch.inf
@@ -46,7 +55,7 @@ class TopK(Selection):
 
 
 @dataclass(frozen=True)
-class Mass(Selection):
+class Mass(Keeping):
     """The fewest blocks of each query block that hold a share of the softmax over the scores, its own counted.
 
     `keep`: no more than these, a share or a number.
@@ -56,8 +65,8 @@ class Mass(Selection):
     keep: float | int = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_share("mass", self.mass)
-        require_keep(self.keep)
 
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
         possible = scores > -torch.inf
@@ -74,7 +83,7 @@ class Mass(Selection):
 
 
 @dataclass(frozen=True)
-class Sampled(Selection):
+class Sampled(Keeping):
     """As many as `TopK`, drawn without replacement with probabilities softmax(scores / temperature); own ones first.
 
     The same seed draws the same. With a large temperature: uniform.
@@ -83,9 +92,6 @@ class Sampled(Selection):
     keep: float | int
     seed: int = 0
     temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_keep(self.keep)
 
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
         drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(self.seed)).to(scores)

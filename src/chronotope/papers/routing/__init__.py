@@ -1,0 +1,1 @@
+"""Pages of mechanisms in which content decides who looks at whom."""

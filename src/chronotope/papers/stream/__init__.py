@@ -1,0 +1,1 @@
+"""Mechanisms for streams: what is kept, dropped and read again while tokens keep coming."""
