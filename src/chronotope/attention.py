@@ -106,7 +106,7 @@ def attention(
     check_tensors(q, k, v, grid, key_grid)
     check_bias(bias, q, k, grid, key_grid)
     if torch.compiler.is_compiling():
-        from chronotope.tracing import named_calls, settled  # needs torch's compiler, which takes a second to import
+        from chronotope.tracing import named_calls, outside, settled  # needs torch's compiler, which takes a second to import
 
         scale, softcap = settled(scale), settled(softcap)
     check_scores(scale, softcap)
@@ -117,7 +117,8 @@ def attention(
     facts = (q.device.type, q.dtype, q.shape[3], v.shape[3])
     if isinstance(where, Pattern) and where.routes:
         scores = Scores(scale, softcap, None, bias is not None, (), ())
-        out, lse = _routed(q, k, v, where, grid, key_grid, scores, backend)
+        routed = (q, k, v, where, grid, key_grid, scores, backend)
+        out, lse = outside(_routed, *routed) if torch.compiler.is_compiling() else _routed(*routed)
         return (out, lse) if return_lse else out
     request = (where, grid, key_grid, q.shape[1], facts, (scale, softcap), bias is not None, biases, backend)
     parts: Sequence[tuple[Heads, Call | str]]
@@ -190,7 +191,6 @@ def _choose(name: str, facts: Facts, tiles: Tiling, scores: Scores) -> Backend:
     raise UnsupportedError(f"no backend can run this call (backend={name!r}):\n  " + "\n  ".join(refusals))
 
 
-@torch.compiler.disable
 def _routed(
     q: Tensor, k: Tensor, v: Tensor, where: Pattern, grid: Grid, key_grid: Grid, scores: Scores, backend: str
 ) -> tuple[Tensor, Tensor]:

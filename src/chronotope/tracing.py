@@ -8,6 +8,7 @@ be made inside what is traced.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -26,6 +27,12 @@ from chronotope.planning import Layout, Part, Plan, Tiles
 def named_calls(*request: Any) -> list[tuple[Heads, str]]:
     """`attention.calls` with the names of the calls in their place."""
     return _named(_plain(request), torch.compiler.is_exporting())
+
+
+@torch.compiler.disable
+def outside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What cannot be traced, since it depends on numbers: the graph ends before it and goes on after it."""
+    return function(*arguments)
 
 
 def _plain(x: Any) -> Any:
