@@ -106,7 +106,7 @@ def attention(
     check_tensors(q, k, v, grid, key_grid)
     check_bias(bias, q, k, grid, key_grid)
     if torch.compiler.is_compiling():
-        from chronotope.tracing import named_calls, outside, settled  # needs torch's compiler, which takes a second to import
+        from chronotope.tracing import named_calls, outside, settled  # imports the compiler, a second
 
         scale, softcap = settled(scale), settled(softcap)
     check_scores(scale, softcap)
