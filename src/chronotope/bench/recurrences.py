@@ -23,7 +23,7 @@ SIDE = 2048
 LONGEST_SOFTMAX = 16384
 LONGEST_TRAINED = 16384
 RIGHT = 1e-4
-AT_LEAST = 8192
+AT_LEAST = 32768
 """Tokens of a run: a shorter sequence is computed as often as makes so many, or waking threads up would be measured."""
 
 
