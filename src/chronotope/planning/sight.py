@@ -107,30 +107,34 @@ class Sight:
         """The tokens that stand for each block of keys, and after them those of blocks known in part."""
         live = self.live[1]
         whole = _pool(self.k, live)
-        extra, _ = self._part
+        extra = self._part and self._part[0]
         return whole if extra is None else join([whole, extra])
 
-    @cached_property
+    @property
     def column(self) -> Int32[Tensor, "nq nk"] | None:
         """Which set of `keys` a block of queries knows a block of keys by, or UNKNOWN; None: the block's own."""
-        return self._part[1]
+        if self.arrow is None:
+            return None
+        return self._columns() if self._part is None else self._part[1]
+
+    def _columns(self) -> Int32[Tensor, "nq nk"]:
+        """`column` where no block is known in part."""
+        column = torch.arange(self.counts[1], dtype=torch.int32).repeat(self.counts[0], 1)
+        column[self._blank] = UNKNOWN
+        return column
 
     @cached_property
-    def _part(self) -> tuple[Pool | None, Int32[Tensor, "nq nk"] | None]:
-        """Blocks that a block of queries may know in part, and `column`."""
+    def _part(self) -> tuple[Pool | None, Int32[Tensor, "nq nk"]] | None:
+        """Blocks that a block of queries may know in part, or not at all, and `column`; None: there are no such."""
         if self.arrow is None:
-            return None, None
+            return None
         known = self._over(self.arrow)[1]
         rows, cols = (self.visible & ~known & ~self.own).nonzero().T  # its own are kept whatever their score
-        column = torch.arange(self.counts[1], dtype=torch.int32).repeat(self.counts[0], 1)
-        # A last block is not known because the first axis ends within it: a choice must not ask how long that is.
-        column[self.own & ~self._over(self.arrow, unended=True)[1]] = UNKNOWN
         if not len(rows):
-            return None, column
-        tiles = rows + self.q.prefix_tiles, cols + self.k.prefix_tiles
+            return None
+        tiles, column = (rows + self.q.prefix_tiles, cols + self.k.prefix_tiles), self._columns()
         token, real = _members(self.k, tiles[1])
-        known = real & self._known(self.arrow, self.q, tiles[0], self.k, tiles[1])
-        known &= self.live[1][token]
+        known = real & self._known(self.arrow, self.q, tiles[0], self.k, tiles[1]) & self.live[1][token]
         found, inverse = torch.unique(torch.cat([cols[:, None], known.long()], 1), dim=0, return_inverse=True)
         some = found[:, 1:].any(1)
         number = torch.where(some, some.cumsum(0) - 1 + self.counts[1], UNKNOWN)
@@ -139,6 +143,13 @@ class Sight:
             return None, column
         token, _ = _members(self.k, found[some, 0] + self.k.prefix_tiles)
         return _compact(token, found[some, 1:].bool()), column
+
+    @cached_property
+    def _blank(self) -> Bool[Tensor, "nq nk"]:
+        """Own blocks that are not known whole: they are kept whatever is in them."""
+        assert self.arrow is not None
+        # A last block is not known because the first axis ends within it: a choice must not ask how long that is.
+        return self.own & ~self._over(self.arrow, unended=True)[1]
 
     def _over(self, pattern: Pattern, unended: bool = False) -> tuple[Bool[Tensor, "nq nk"], Bool[Tensor, "nq nk"]]:
         """(some, all) of every pair of blocks; unended: as if the first axis of the keys went on."""
@@ -179,10 +190,12 @@ class Sight:
     def spread(self, scores: Float[Tensor, "b h rows sets"], rows: slice) -> Float[Tensor, "b h rows nk"]:
         """Scores of sets of keys as scores of blocks: -inf where nothing is visible, LOWEST where nothing is known."""
         scores = torch.where(scores.isnan(), LOWEST, scores.clamp(min=LOWEST))
-        if self.column is not None:
-            column = self.column[rows].long().to(scores.device)
+        if self._part is not None:
+            column = self._part[1][rows].long().to(scores.device)
             found = scores.gather(3, column.clamp(min=0).expand(*scores.shape[:3], -1))
             scores = torch.where(column == UNKNOWN, LOWEST, found)
+        elif self.arrow is not None:
+            scores = scores.masked_fill(self._blank[rows].to(scores.device), LOWEST)
         return scores.masked_fill(~self.visible[rows].to(scores.device), -torch.inf)
 
     def pairs(self, chosen: Bool[Tensor, "b h rows nk"], first: int = 0) -> Int64[Tensor, "pairs"]:
