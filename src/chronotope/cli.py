@@ -309,14 +309,15 @@ def fidelity(
     """
     import torch
 
-    from chronotope.report.fidelity import fidelity_table, write_fidelity
+    from chronotope.report.fidelity import fidelity_tables, write_fidelity
     from chronotope.tasks import fidelity as task
 
     torch.set_num_threads(threads)
     console = Console(highlight=False)
     samples = [task.video(video, minutes, out / "kept", console), task.text(text, steps, console)]
     rows = [row for sample in samples for row in task.compare(sample, console)]
-    console.print(fidelity_table(rows))
+    for table in fidelity_tables(rows):
+        console.print(table)
     console.print(f"wrote {write_fidelity(rows, out)}")
 
 

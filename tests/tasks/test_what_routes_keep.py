@@ -10,7 +10,7 @@ import torch
 
 import chronotope as ct
 from chronotope.models import Language
-from chronotope.report.fidelity import fidelity_table, write_fidelity
+from chronotope.report.fidelity import fidelity_tables, write_fidelity
 from chronotope.tasks import language
 from chronotope.tasks.fidelity import LIMIT, STATIC, Sample, compare, layers_of, menu, teach
 from chronotope.tasks.show import console
@@ -57,7 +57,8 @@ def test_every_entry_is_a_row_and_the_oracle_is_first(sample: Sample, tmp_path: 
     assert all((row.above is None) == (row.kind == STATIC) for row in rows)
     best = max(row.above for row in rows if row.above is not None)
     assert best == max(row.above for row in rows if row.kind == LIMIT and row.above is not None)
-    assert fidelity_table(rows).row_count == len(rows)
+    (table,) = fidelity_tables(rows)
+    assert table.row_count == len(rows)
     assert "share of dense attention kept" in write_fidelity(rows, tmp_path).read_text()
     assert (tmp_path / "fidelity.json").exists()
 

@@ -14,15 +14,18 @@ from chronotope.tasks.fidelity import LIMIT, STATIC, Kept
 DASH = {STATIC: "dash", LIMIT: "dot"}
 
 
-def fidelity_table(rows: list[Kept]) -> Table:
-    """Row by row; `above static`: mass minus that of the best static pattern at the same density."""
-    table = Table(title="attention kept, means over layers and heads")
-    for column in ("model", "pattern", "density", "mass", "error", "recall", "above static"):
-        table.add_column(column, justify="left" if column in ("model", "pattern") else "right")
-    for row in rows:
-        numbers = [f"{number:.3f}" for number in (row.density, row.mass, row.error, row.recall)]
-        table.add_row(row.model, row.name, *numbers, "" if row.above is None else f"{row.above:+.3f}")
-    return table
+def fidelity_tables(rows: list[Kept]) -> list[Table]:
+    """One for each model; `above static`: mass, less that of the best static pattern at the same density."""
+    out = []
+    for model in dict.fromkeys(row.model for row in rows):
+        table = Table(title=f"attention kept of the {model}, means over layers and heads")
+        for column in ("pattern", "density", "mass", "error", "recall", "above static"):
+            table.add_column(column, justify="left" if column == "pattern" else "right")
+        for row in (row for row in rows if row.model == model):
+            numbers = [f"{number:.3f}" for number in (row.density, row.mass, row.error, row.recall)]
+            table.add_row(row.name, *numbers, "" if row.above is None else f"{row.above:+.3f}")
+        out.append(table)
+    return out
 
 
 def write_fidelity(rows: list[Kept], folder: Path) -> Path:
