@@ -97,17 +97,15 @@ void strip_gradients(const Problem& p, int64_t batch, int64_t head, int64_t lane
   scores(strip.q, w.key, p.depth, k, weights, count, lanes[0]);
   scores(strip.dout, w.value, p.value_depth, v, ds, count, lanes[0]);
   const bool biased = p.terms > 0 || p.bias != nullptr, learned = p.lanes > 0;
-  const Scaling scaling(p);
   for (int i = 0; i < count; ++i) {
     const Entry& entry = entries[chosen[i]];
     float slope[CELL];
-    scaling.apply(weights[i]);
     if (p.softcap > 0) bend(static_cast<float>(p.softcap), weights[i], slope);
     if (biased) add_bias(p, batch, head, strip.slot, entry, weights[i]);
     hide(entry, strip.number, weights[i], NONE);
     for (int r = 0; r < STRIP; ++r) {
       float *weight = weights[i] + r * VEC, *d = ds[i] + r * VEC;
-      const vec probability = exp(scaling.exponent * load(weight) - strip.lse[r]);
+      const vec probability = exp(load(weight) - strip.lse[r]);
       store(weight, probability);
       store(d, probability * (load(d) - strip.shift[r]));
     }
@@ -134,7 +132,7 @@ void panel_gradients(const Problem& p, const Look& own, const float* const* weig
   }
 }
 
-// Some queries of a tile, from slot `base` on, `from` being their place in the tile. q, dout and dq are rows;
+// Some queries of a tile, from slot `base` on, `from` being their place in the tile. q (scaled), dout and dq are rows;
 // dq holds out at first.
 void attend(const Problem& p, int64_t batch, int64_t head, int64_t base, int64_t from, int64_t rows, int64_t lane,
             const Entry* every_entry, const Look* every_look, int64_t entries, const float* q, const float* dout,
@@ -200,9 +198,9 @@ void backward_local(const Problem& p) {
     const Keys keys = divide(p, memory, memory + packed, slots);
     // dv's room holds the rows of v until they are turned.
     const auto& values = w.tiles.key_runs(w.tiles.source, widths.value, keys.dv);
-    gather(p.v, p.type, batch, key_head, values.data(), to - from, p.value_depth, widths.value);
+    gather(p.v, p.type, batch, key_head, values.data(), to - from, p.value_depth, 1.0f, widths.value);
     const auto& rows = w.tiles.key_runs(w.tiles.source, widths.key, keys.rows);
-    gather(p.k, p.type, batch, key_head, rows.data(), to - from, p.depth, widths.key);
+    gather(p.k, p.type, batch, key_head, rows.data(), to - from, p.depth, 1.0f, widths.key);
     w.looks.clear();
     for (int64_t tile = 0; tile < to - from; ++tile)
       for (int64_t i = w.tiles.first[tile]; i < w.tiles.first[tile + 1]; ++i) {
@@ -216,13 +214,13 @@ void backward_local(const Problem& p) {
     float *q = w.q.take(length * widths.key), *dout = w.dout.take(length * widths.value);
     float* dq = w.dq.take(length * widths.row);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-      const auto bring = [&](const Tensor& x, int64_t size, int64_t width, float* into) {
+      const auto bring = [&](const Tensor& x, int64_t size, float scale, int64_t width, float* into) {
         const auto& runs = w.tiles.query_runs(p, p.queries.source, from, width, into);
-        gather(x, p.type, batch, head, runs.data(), to - from, size, width);
+        gather(x, p.type, batch, head, runs.data(), to - from, size, scale, width);
       };
-      bring(p.q, p.depth, widths.key, q);
-      bring(p.dout, p.value_depth, widths.value, dout);
-      bring(p.out, p.value_depth, widths.row, dq);
+      bring(p.q, p.depth, static_cast<float>(p.scale), widths.key, q);
+      bring(p.dout, p.value_depth, 1.0f, widths.value, dout);
+      bring(p.out, p.value_depth, 1.0f, widths.row, dq);
       for (int64_t tile = from; tile < to; ++tile) {
         const int64_t at = w.tiles.first[tile - from], first = p.queries.first[tile], end = p.queries.first[tile + 1];
         for (int64_t slot = first; slot < end; slot += ROWS) {
@@ -236,7 +234,7 @@ void backward_local(const Problem& p) {
       scatter(p.dq, p.type, batch, head, results.data(), to - from, p.depth, static_cast<float>(p.scale), widths.row);
     }
     const auto& dk = w.tiles.key_runs(w.tiles.token, widths.key, keys.dk);
-    scatter(p.dk, p.type, batch, key_head, dk.data(), to - from, p.depth, static_cast<float>(p.scale), widths.key);
+    scatter(p.dk, p.type, batch, key_head, dk.data(), to - from, p.depth, 1.0f, widths.key);
     const auto& dv = w.tiles.key_runs(w.tiles.token, widths.value, keys.dv);
     scatter(p.dv, p.type, batch, key_head, dv.data(), to - from, p.value_depth, 1.0f, widths.value);
   };
@@ -261,9 +259,9 @@ void tile_gradients(const Problem& p, int64_t batch, int64_t key_head, int64_t t
       const int64_t rows = std::min(ROWS, end - base);
       const auto run = [&](const int32_t* tokens, float* into) { return Run{tokens + base, rows, into}; };
       const Run qs = run(p.queries.source, q), douts = run(p.queries.source, dout), outs = run(p.queries.source, dq);
-      gather(p.q, p.type, batch, head, &qs, 1, p.depth, widths.key);
-      gather(p.dout, p.type, batch, head, &douts, 1, p.value_depth, widths.value);
-      gather(p.out, p.type, batch, head, &outs, 1, p.value_depth, widths.row);
+      gather(p.q, p.type, batch, head, &qs, 1, p.depth, static_cast<float>(p.scale), widths.key);
+      gather(p.dout, p.type, batch, head, &douts, 1, p.value_depth, 1.0f, widths.value);
+      gather(p.out, p.type, batch, head, &outs, 1, p.value_depth, 1.0f, widths.row);
       attend(p, batch, head, base, base - first, rows, lane, w.entries.data(), w.looks.data(),
              static_cast<int64_t>(w.entries.size()), q, dout, dq, w);
       const Run dqs = run(p.queries.token, dq);
@@ -274,7 +272,7 @@ void tile_gradients(const Problem& p, int64_t batch, int64_t key_head, int64_t t
 void write_keys(const Problem& p, int64_t batch, int64_t head, int64_t from, int64_t to, float* dk, float* dv) {
   const Widths w(p);
   const Run dks{p.keys.token + from, to - from, dk}, dvs{p.keys.token + from, to - from, dv};
-  scatter(p.dk, p.type, batch, head, &dks, 1, p.depth, static_cast<float>(p.scale), w.key);
+  scatter(p.dk, p.type, batch, head, &dks, 1, p.depth, 1.0f, w.key);
   scatter(p.dv, p.type, batch, head, &dvs, 1, p.value_depth, 1.0f, w.value);
 }
 
@@ -316,7 +314,7 @@ void backward_shared(const Problem& p) {
       const int64_t from = p.keys.first[tile], to = p.keys.first[tile + 1];
       const Look own = look(p, divide(p, memory + pair * packed, sums, slots), from);
       const Run run{p.keys.source + from, to - from, own.rows};
-      gather(p.k, p.type, batch, head, &run, 1, p.depth, widths.key);
+      gather(p.k, p.type, batch, head, &run, 1, p.depth, 1.0f, widths.key);
       for (int64_t i = 0; i < to - from; i += VEC)
         turn(own.rows + i * widths.key, widths.key, p.depth, own.k + i * p.depth);
       float* rows = work().rows.take(VEC * widths.value);

@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "pack.h"
@@ -52,19 +51,6 @@ inline void list_panels(const Problem& p, int64_t tile, std::vector<Entry>& out)
     }
   }
 }
-
-// What the scores are multiplied by: at once where something is done to them before the exponential, else only inside of
-// it, where it costs no rounding. Products of 16-bit numbers are exact, and stay so.
-struct Scaling {
-  float score, exponent;
-  explicit Scaling(const Problem& p) : score(1.0f), exponent(static_cast<float>(p.scale)) {
-    if (p.softcap > 0 || p.terms > 0 || p.bias != nullptr || !(p.scale > 0)) std::swap(score, exponent);
-  }
-  void apply(float* cell) const {
-    if (score != 1.0f)
-      for (int r = 0; r < STRIP; ++r) store(cell + r * VEC, score * load(cell + r * VEC));
-  }
-};
 
 inline bool visible(const Entry& entry, int64_t strip) {
   if (entry.mask == nullptr) return true;

@@ -53,10 +53,8 @@ void absorb(const Problem& p, int64_t batch, int64_t head, const Strip& strip, c
   }
   scores(strip.q, p.depth, p.depth, panels, cells, count, lanes[0]);
   const bool biased = p.terms > 0 || p.bias != nullptr;
-  const Scaling scaling(p);
   for (int i = 0; i < count; ++i) {
     const Entry& entry = looks.entries[chosen[i]];
-    scaling.apply(cells[i]);
     if (p.softcap > 0) bend(static_cast<float>(p.softcap), cells[i], nullptr);
     if (biased) add_bias(p, batch, head, strip.slot, entry, cells[i]);
     hide(entry, strip.number, cells[i], NONE);
@@ -69,10 +67,10 @@ void absorb(const Problem& p, int64_t batch, int64_t head, const Strip& strip, c
   }
   fold(most, top, larger);
   for (int r = 0; r < STRIP; ++r) {
-    top[r] = std::max(strip.top[r], scaling.exponent * top[r]);
+    top[r] = std::max(strip.top[r], top[r]);
     const float base = top[r] == NONE ? 0.0f : top[r];
     for (int i = 0; i < count; ++i) {
-      const vec weight = exp(scaling.exponent * load(cells[i] + r * VEC) - base);
+      const vec weight = exp(load(cells[i] + r * VEC) - base);
       store(cells[i] + r * VEC, weight);
       added[r] += weight;
     }
@@ -132,7 +130,7 @@ void forward_local(const Problem& p) {
     const int64_t count = static_cast<int64_t>(w.tiles.entries.size());
     float *rows = w.rows.take((count * VEC + some) * key_width), *k = w.k.take(count * VEC * p.depth);
     const auto& keys = w.tiles.key_runs(w.tiles.source, key_width, rows);
-    gather(p.k, p.type, batch, key_head, keys.data(), to - from, p.depth, key_width);
+    gather(p.k, p.type, batch, key_head, keys.data(), to - from, p.depth, 1.0f, key_width);
     float* v = w.v.take((count * VEC + some) * width);
     w.panels.resize(count), w.values.resize(count);
     for (int64_t tile = 0; tile < to - from; ++tile)
@@ -141,12 +139,12 @@ void forward_local(const Problem& p) {
         w.panels[i] = k + i * VEC * p.depth, w.values[i] = v + (i * VEC + tile) * width;
       }
     const auto& values = w.tiles.key_runs(w.tiles.source, width, v);
-    gather(p.v, p.type, batch, key_head, values.data(), to - from, p.value_depth, width);
+    gather(p.v, p.type, batch, key_head, values.data(), to - from, p.value_depth, 1.0f, width);
     const int64_t slots = p.queries.first[to] - p.queries.first[from];
     float *q = w.q.take((slots + some) * p.depth), *out = w.out.take((slots + some) * width);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       const auto& queries = w.tiles.query_runs(p, p.queries.source, from, p.depth, q);
-      gather(p.q, p.type, batch, head, queries.data(), to - from, p.depth, p.depth);
+      gather(p.q, p.type, batch, head, queries.data(), to - from, p.depth, static_cast<float>(p.scale), p.depth);
       for (int64_t tile = from; tile < to; ++tile) {
         const int64_t at = w.tiles.first[tile - from], first = p.queries.first[tile], end = p.queries.first[tile + 1];
         const Looks looks{w.tiles.entries.data() + at, w.panels.data() + at, w.values.data() + at,
@@ -189,7 +187,7 @@ void forward_shared(const Problem& p) {
       float* rows = work().rows.take(VEC * round_up(p.depth, VEC));
       pack_panels(p.k, p.type, batch, head, p.keys.source, from, to, p.depth, rows, k + from * p.depth);
       const Run run{p.keys.source + from, to - from, v + from * width};
-      gather(p.v, p.type, batch, head, &run, 1, p.value_depth, width);
+      gather(p.v, p.type, batch, head, &run, 1, p.value_depth, 1.0f, width);
     });
     deal(some * group * count, 1, [&](int64_t task, int64_t) {
       Work& w = work();
@@ -207,7 +205,7 @@ void forward_shared(const Problem& p) {
       const int64_t base = p.queries.first[piece.tile] + piece.from, rows = piece.to - piece.from;
       float *q = w.q.take(ROWS * p.depth), *out = w.out.take(ROWS * width);
       const Run queries{p.queries.source + base, rows, q}, results{p.queries.token + base, rows, out};
-      gather(p.q, p.type, batch, head, &queries, 1, p.depth, p.depth);
+      gather(p.q, p.type, batch, head, &queries, 1, p.depth, static_cast<float>(p.scale), p.depth);
       attend(p, batch, head, base, piece.from, rows, looks, q, out, w);
       scatter(p.out, p.type, batch, head, &results, 1, p.value_depth, 1.0f, width);
     });

@@ -70,8 +70,8 @@ inline void scaled(const float* x, int64_t size, float scale, float* out) {
   for (; i < size; ++i) out[i] = scale * x[i];
 }
 
-// out[i] = x[token][i], zeros up to `width`; all zeros for token -1.
-inline void read(const Tensor& x, int64_t type, int64_t batch, int64_t head, int64_t token, int64_t size,
+// out[i] = scale * x[token][i], zeros up to `width`; all zeros for token -1.
+inline void read(const Tensor& x, int64_t type, int64_t batch, int64_t head, int64_t token, int64_t size, float scale,
                  int64_t width, float* out) {
   if (token < 0) {
     std::fill(out, out + width, 0.0f);
@@ -79,10 +79,11 @@ inline void read(const Tensor& x, int64_t type, int64_t batch, int64_t head, int
   }
   const int64_t at = offset(x, batch, head, token);
   if (type == FLOAT) {
-    std::copy_n(static_cast<const float*>(x.data) + at, size, out);
+    const float* row = static_cast<const float*>(x.data) + at;
+    scaled(row, size, scale, out);
   } else {
     const uint16_t* row = static_cast<const uint16_t*>(x.data) + at;
-    for (int64_t i = 0; i < size; ++i) out[i] = widen(row[i], type == HALF);
+    for (int64_t i = 0; i < size; ++i) out[i] = scale * widen(row[i], type == HALF);
   }
   if (size < width) std::fill(out + size, out + width, 0.0f);
 }
@@ -136,9 +137,9 @@ inline void each_row(const Tensor& x, int64_t type, int64_t batch, int64_t head,
 
 // Reads the runs.
 inline void gather(const Tensor& x, int64_t type, int64_t batch, int64_t head, const Run* runs, int64_t count,
-                   int64_t size, int64_t width) {
+                   int64_t size, float scale, int64_t width) {
   each_row<false>(x, type, batch, head, runs, count, size, [&](const Run& run, int64_t row) {
-    read(x, type, batch, head, run.source[row], size, width, run.rows + row * width);
+    read(x, type, batch, head, run.source[row], size, scale, width, run.rows + row * width);
   });
 }
 
@@ -166,7 +167,7 @@ inline void pack_panels(const Tensor& x, int64_t type, int64_t batch, int64_t he
   const int64_t width = round_up(size, VEC);
   for (int64_t slot = from; slot < to; slot += VEC, out += size * VEC) {
     const Run run{source + slot, VEC, rows};
-    gather(x, type, batch, head, &run, 1, size, width);
+    gather(x, type, batch, head, &run, 1, size, 1.0f, width);
     turn(rows, width, size, out);
   }
 }

@@ -13,7 +13,7 @@ constexpr int64_t LARGE = 1 << 24;  // bytes: the beginning of a longer result i
 
 // Whether all tiles are such, nothing is added to the scores, and none is hidden.
 inline bool is_short(const Problem& p) {
-  if (!p.exclusive || p.terms > 0 || p.bias != nullptr || p.softcap > 0 || !(p.scale > 0)) return false;
+  if (!p.exclusive || p.terms > 0 || p.bias != nullptr || p.softcap > 0) return false;
   for (int64_t tile = 0; tile < p.queries.tiles; ++tile) {
     int64_t keys = 0;
     for (int64_t i = p.start[tile]; i < p.start[tile + 1]; ++i) {
@@ -70,18 +70,18 @@ struct Rows {
   // Where a row is, if necessary `room`, where it is brought then.
   const float* row(int64_t token, float* room) const {
     if (in_place && token >= 0) return at(token);
-    read(x, type, batch, head, token, size, width, room);
+    read(x, type, batch, head, token, size, 1.0f, width, room);
     return room;
   }
 
-  // Copies rows to `rows`.
-  void bring(const int32_t* tokens, int64_t count, float* rows) const {
+  // Copies rows to `rows`, times `scale`.
+  void bring(const int32_t* tokens, int64_t count, float scale, float* rows) const {
     for (int64_t i = 0; i < count; ++i, rows += width) {
       if (in_place && tokens[i] >= 0) {
         const float* from = at(tokens[i]);
-        for (int64_t c = 0; c < width; c += VEC) store(rows + c, load(from + c));
+        for (int64_t c = 0; c < width; c += VEC) store(rows + c, scale * load(from + c));
       } else {
-        read(x, type, batch, head, tokens[i], size, width, rows);
+        read(x, type, batch, head, tokens[i], size, scale, width, rows);
       }
     }
   }
@@ -138,15 +138,15 @@ class Ahead {
   int64_t count_ = 0, list_ = 0, next_ = 0, total_ = 0, share_ = 0;
 };
 
-// panel[d][n][lane] = rows[n * lanes + lane][d], for N registers of queries.
+// panel[d][n][lane] = scale * rows[n * lanes + lane][d], for N registers of queries.
 template <int N, class V>
-inline void turn_rows(const float* const* rows, int64_t depth, float* panel) {
+inline void turn_rows(const float* const* rows, int64_t depth, float scale, float* panel) {
   constexpr int L = LANES<V>;
   for (int64_t d = 0; d < depth; d += L)
     for (int n = 0; n < N; ++n) {
       V block[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = load_as<V>(rows[n * L + i] + d);
+      for (int i = 0; i < L; ++i) block[i] = scale * load_as<V>(rows[n * L + i] + d);
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) store(panel + ((d + i) * N + n) * L, block[i]);

@@ -32,15 +32,15 @@ struct Room {
   }
 };
 
-// From products and dP: weights and dS.
+// From scores and dP: weights and dS.
 template <int N, class V>
-void differentiate(float* weights, float* ds, int64_t keys, float scale, const float* lse, const float* dlse) {
+void differentiate(float* weights, float* ds, int64_t keys, const float* lse, const float* dlse) {
   constexpr int L = LANES<V>, WIDTH = N * L;
   for (int n = 0; n < N; ++n) {
     const V own = load_as<V>(lse + n * L);
     V shift = -load_as<V>(dlse + n * L);
     for (int64_t j = 0; j < keys; ++j) {
-      const V weight = exp(scale * load_as<V>(weights + j * WIDTH + n * L) - own);
+      const V weight = exp(load_as<V>(weights + j * WIDTH + n * L) - own);
       store(weights + j * WIDTH + n * L, weight);
       shift += weight * load_as<V>(ds + j * WIDTH + n * L);
     }
@@ -71,13 +71,13 @@ struct Pass {
   int64_t number, passes;
 };
 
-// dk or dv: factor * weights [key][WIDTH] times the rows of `count` queries.
+// dk or dv from weights [key][WIDTH] and the rows of `count` queries.
 template <int WIDTH>
-void key_gradients(const Rows& out, const ShortTile& tile, const float* weights, float factor, const float* const* rows,
+void key_gradients(const Rows& out, const ShortTile& tile, const float* weights, const float* const* rows,
                    int64_t count, Pass pass, float* room, Ahead& ahead) {
   const bool in_place = out.in_place && pass.passes == 1;
   for (int64_t j = 0; j < tile.keys; j += STRIP) {
-    Results results(out, tile.key + j, tile.keys - j, in_place, factor, room + j * out.width);
+    Results results(out, tile.key + j, tile.keys - j, in_place, 1.0f, room + j * out.width);
     results.adds = pass.number > 0;
     columns(out.width, [&]<int C>(int64_t at) {
       combine<C, WIDTH, 1>(weights + j * WIDTH, rows, count, at, results);
@@ -94,8 +94,8 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t
   constexpr int WIDTH = N * LANES<V>;
   const float scale = static_cast<float>(p.scale);
   const int64_t key = heads.q.width, value = heads.dout.width;
-  heads.q.bring(tile.source + from, count, room.q);
-  heads.dout.bring(tile.source + from, count, room.dout);
+  heads.q.bring(tile.source + from, count, scale, room.q);
+  heads.dout.bring(tile.source + from, count, 1.0f, room.dout);
   const float *q[WIDTH], *dout[WIDTH], *k[SHORT];
   float lse[WIDTH], dlse[WIDTH];
   for (int64_t i = 0; i < WIDTH; ++i) {
@@ -106,8 +106,8 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t
     dlse[i] = blind || heads.dlse == nullptr ? 0.0f : heads.dlse[token];
   }
   for (int64_t j = 0; j < tile.keys; ++j) k[j] = room.k + j * key;
-  turn_rows<N, V>(q, key, room.q_panel);
-  turn_rows<N, V>(dout, value, room.dout_panel);
+  turn_rows<N, V>(q, key, 1.0f, room.q_panel);
+  turn_rows<N, V>(dout, value, 1.0f, room.dout_panel);
   ahead.step();
   for (int64_t j = 0; j < tile.keys; j += STRIP) {
     score_rows<N, V>(room.k + j * key, key, p.depth, room.q_panel, room.weights + j * WIDTH);
@@ -115,7 +115,7 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t
     score_rows<N, V>(room.v + j * value, value, p.value_depth, room.dout_panel, room.ds + j * WIDTH);
     ahead.step();
   }
-  differentiate<N, V>(room.weights, room.ds, tile.keys, scale, lse, dlse);
+  differentiate<N, V>(room.weights, room.ds, tile.keys, lse, dlse);
   for (int64_t r = 0; r < count; r += STRIP) {
     const int32_t* tokens = tile.token + from + r;
     const Results results(heads.dq, tokens, count - r, heads.dq.in_place, scale, room.dq);
@@ -125,8 +125,8 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t
     });
     if (!heads.dq.in_place) heads.dq.send(tokens, std::min<int64_t>(STRIP, count - r), room.dq);
   }
-  key_gradients<WIDTH>(heads.dk, tile, room.ds, scale, q, count, pass, room.dk, ahead);
-  key_gradients<WIDTH>(heads.dv, tile, room.weights, 1.0f, dout, count, pass, room.dv, ahead);
+  key_gradients<WIDTH>(heads.dk, tile, room.ds, q, count, pass, room.dk, ahead);
+  key_gradients<WIDTH>(heads.dv, tile, room.weights, dout, count, pass, room.dv, ahead);
 }
 
 }  // namespace
@@ -154,8 +154,8 @@ void backward_short(const Problem& p) {
         w.ahead.add(first.dout, next.source, next.queries);
         w.ahead.divide(1 + ((2 + k.groups() + v.groups()) * tile.keys + k.groups() * tile.queries) / STRIP);
       }
-      k.bring(tile.key, tile.keys, room.k);
-      v.bring(tile.key, tile.keys, room.v);
+      k.bring(tile.key, tile.keys, 1.0f, room.k);
+      v.bring(tile.key, tile.keys, 1.0f, room.v);
       Pass pass{0, group * ((tile.queries + GROUP - 1) / GROUP)};
       for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
         const Heads heads(p, batch, head, key_head);

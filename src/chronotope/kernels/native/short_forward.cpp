@@ -28,9 +28,9 @@ struct Room {
   }
 };
 
-// From products, cells = exp(scale * product - maximum) for each query, with 1 / sum and the logarithm of the sum of exp(score).
+// cells = exp(score - maximum) for each query, with 1 / sum and the logarithm of the sum of exp(score).
 template <int N, class V>
-void soften(float* cells, int64_t keys, float scale, float* share, float* lse) {
+void soften(float* cells, int64_t keys, float* share, float* lse) {
   constexpr int L = LANES<V>;
   for (int n = 0; n < N; ++n) {
     float* own = cells + n * L;
@@ -39,11 +39,10 @@ void soften(float* cells, int64_t keys, float scale, float* share, float* lse) {
       const V x = load_as<V>(own + j * N * L);
       top = x > top ? x : top;
     }
-    top *= scale;
     const V none = V{} + NONE, base = top == none ? V{} : top;
     V total = {};
     for (int64_t j = 0; j < keys; ++j) {
-      const V weight = exp(scale * load_as<V>(own + j * N * L) - base);
+      const V weight = exp(load_as<V>(own + j * N * L) - base);
       store(own + j * N * L, weight);
       total += weight;
     }
@@ -65,14 +64,14 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, const f
   const float* rows[WIDTH];
   for (int i = 0; i < WIDTH; ++i)
     rows[i] = i < count ? heads.q.row(tile.source[from + i], room.q + i * heads.q.width) : rows[i - 1];
-  turn_rows<N, V>(rows, heads.q.width, room.panel);
+  turn_rows<N, V>(rows, heads.q.width, static_cast<float>(p.scale), room.panel);
   ahead.step();
   for (int64_t j = 0; j < tile.keys; j += STRIP) {
     score_rows<N, V>(room.k + j * heads.q.width, heads.q.width, p.depth, room.panel, room.cells + j * WIDTH);
     ahead.step();
   }
   float share[WIDTH], lse[WIDTH];
-  soften<N, V>(room.cells, tile.keys, static_cast<float>(p.scale), share, lse);
+  soften<N, V>(room.cells, tile.keys, share, lse);
   const Rows& out = heads.out;
   for (int64_t r = 0; r < count; r += STRIP) {
     const int32_t* tokens = tile.token + from + r;
@@ -112,12 +111,12 @@ void forward_short(const Problem& p) {
         w.ahead.add(v, next.key, next.keys);
         w.ahead.divide(1 + (tile.keys + v.groups() * tile.queries) / STRIP);
       }
-      k.bring(tile.key, tile.keys, room.k);
+      k.bring(tile.key, tile.keys, 1.0f, room.k);
       const float* values[SHORT];
       if (tile.queries * group <= STRIP) {
         for (int64_t j = 0; j < tile.keys; ++j) values[j] = v.row(tile.key[j], room.v + j * v.width);
       } else {
-        v.bring(tile.key, tile.keys, room.v);
+        v.bring(tile.key, tile.keys, 1.0f, room.v);
         for (int64_t j = 0; j < tile.keys; ++j) values[j] = room.v + j * v.width;
       }
       for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
