@@ -9,7 +9,8 @@ decides: the dq of a query that sees one key is scale * P (dP - D) k, which is 0
 has a rounding of its own, and so dq is off by half a step of dP, or by chance by nothing. So `luck` is the largest
 error of some runs of the formula in float64 where each number that any implementation holds is off by a random
 rounding (`formula`): results, and out for D, by up to half a step of the dtype; all on the way by up to half a step of
-float32; and a sum of n terms by its n running sums.
+float32; and a sum of n terms by its n running sums. The largest of few runs is luck itself: a kernel whose roundings
+were random would err more than 16 runs once in 17 times. So where few numbers meet and it errs more, 1,000 runs decide.
 
 Over many problems together (`Pool`), and for the root mean square of many numbers (`large`), luck evens out: there a
 kernel errs at most twice as much as torch, and no more.
@@ -36,6 +37,7 @@ from strategies import Case, random_tile
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 ORDERS = 4  # runs of torch's attention
 SAMPLES = 16  # runs with random roundings
+DECISIVE, AT_ONCE = 1000, 50  # and so many where a kernel errs more than those
 HALF_STEP = torch.finfo(torch.float32).eps / 2
 
 Results = dict[str, Tensor]
@@ -200,10 +202,10 @@ def dense(p: Problem, order: int) -> Results:
 class Rounding:
     """Random roundings of numbers and of sums: so many samples of each, or with 0 none at all."""
 
-    def __init__(self, p: Problem, samples: int):
+    def __init__(self, p: Problem, samples: int, seed: int = 0):
         info, self.samples = torch.finfo(p.q.dtype), samples
         self.half_step, self.smallest = info.eps / 2, info.smallest_normal
-        self.rng = torch.Generator(p.q.device).manual_seed(0)
+        self.rng = torch.Generator(p.q.device).manual_seed(seed)
 
     def _off(self, x: Tensor, size: Tensor) -> Tensor:
         """x off by up to `size`, all errors alike. Samples are a dimension before the other four."""
@@ -233,9 +235,9 @@ class Rounding:
 
 
 @torch.no_grad()
-def formula(p: Problem, samples: int = 0) -> Results:
+def formula(p: Problem, samples: int = 0, seed: int = 0) -> Results:
     """The exact results in float64, or samples of them with roundings, on a dimension before the others."""
-    r = Rounding(p, samples)
+    r = Rounding(p, samples, seed)
     q, dout = p.q.double(), p.dout.double()
     k, v = (x.double().repeat_interleave(p.group, 1) for x in (p.k, p.v))
     keys, queries = p.mask.sum(-1, keepdim=True), p.mask.sum(-2)[..., None]
@@ -312,9 +314,8 @@ class Bounds:
     @classmethod
     def of(cls, p: Problem, samples: int = SAMPLES) -> Bounds:
         """`samples` of random rounding; where many numbers meet, one will do."""
-        exact, rounded = formula(p), formula(p, samples)
-        luck = [Errors.of({name: x[i] for name, x in rounded.items()}, exact) for i in range(samples)]
-        return cls(p, exact, [Errors.of(dense(p, order), exact) for order in range(ORDERS)], luck)
+        exact = formula(p)
+        return cls(p, exact, [Errors.of(dense(p, order), exact) for order in range(ORDERS)], random(p, exact, samples))
 
     def check(self, run: Run, large: bool = False) -> Errors:
         """The errors of a kernel; AssertionError where it breaks the law.
@@ -326,18 +327,35 @@ class Bounds:
         assert found.keys() == self.exact.keys()
         for name, x in found.items():
             assert (x.dtype, x.shape) == (torch.float32 if name == "lse" else p.q.dtype, self.exact[name].shape), name
-        errors, theirs, luck = Errors.of(found, self.exact), Errors.largest(self.torch), Errors.largest(self.luck)
-        for kind in ("mean", "most"):
-            for name, error in getattr(errors, kind).items():
-                other, chance = getattr(theirs, kind)[name], getattr(luck, kind)[name]
-                band = 0.0 if large and kind == "mean" and name != "dbias" else chance
-                assert error <= 2 * other + band, f"{name}, {kind}: {error:.3g}; torch {other:.3g}, luck {chance:.3g}"
+        errors = Errors.of(found, self.exact)
+        over = self.over(errors, self.luck, large)
+        if over and not large:
+            more = [random(p, self.exact, AT_ONCE, seed) for seed in range(1, DECISIVE // AT_ONCE + 1)]
+            over = self.over(errors, [luck for some in more for luck in some], large)
+        assert not over, "; ".join(over)
         for name, nobody in (("out", p.blind), ("dq", p.blind), ("dk", p.unseen), ("dv", p.unseen)):
             assert (found[name].masked_select(nobody) == 0).all(), f"{name} where nothing is seen"
         if p.blind.any() or p.unseen.any():
             for name, x in run(p.spoiled).items():
                 assert torch.equal(x, found[name]), f"{name} changes with NaN in what nobody sees"
         return errors
+
+    def over(self, errors: Errors, luck: list[Errors], large: bool) -> list[str]:
+        """Where a kernel errs more than the law allows, by these runs of random rounding."""
+        out, theirs, most = [], Errors.largest(self.torch), Errors.largest(luck)
+        for kind in ("mean", "most"):
+            for name, error in getattr(errors, kind).items():
+                other, chance = getattr(theirs, kind)[name], getattr(most, kind)[name]
+                band = 0.0 if large and kind == "mean" and name != "dbias" else chance
+                if not error <= 2 * other + band:
+                    out.append(f"{name}, {kind}: {error:.3g}; torch {other:.3g}, luck {chance:.3g}")
+        return out
+
+
+def random(p: Problem, exact: Results, samples: int, seed: int = 0) -> list[Errors]:
+    """The errors of runs with random roundings."""
+    rounded = formula(p, samples, seed)
+    return [Errors.of({name: x[i] for name, x in rounded.items()}, exact) for i in range(samples)]
 
 
 def check(run: Run, p: Problem) -> Errors:

@@ -94,7 +94,7 @@ void strip_gradients(const Problem& p, int64_t batch, int64_t head, int64_t lane
     k[i] = own.k, v[i] = own.v, rows[i] = own.rows;
     weights[i] = cells[chosen[i]].weights, ds[i] = cells[chosen[i]].ds;
   }
-  scores(strip.q, w.key, p.depth, k, weights, count, lanes[0]);
+  scores(strip.q, w.key, p.depth, k, weights, count, lanes[0], p.sum_scale());
   scores(strip.dout, w.value, p.value_depth, v, ds, count, lanes[0]);
   const bool biased = p.terms > 0 || p.bias != nullptr, learned = p.lanes > 0;
   for (int i = 0; i < count; ++i) {
@@ -132,7 +132,7 @@ void panel_gradients(const Problem& p, const Look& own, const float* const* weig
   }
 }
 
-// Some queries of a tile, from slot `base` on, `from` being their place in the tile. q (scaled), dout and dq are rows;
+// Some queries of a tile, from slot `base` on, `from` being their place in the tile. q, dout and dq are rows;
 // dq holds out at first.
 void attend(const Problem& p, int64_t batch, int64_t head, int64_t base, int64_t from, int64_t rows, int64_t lane,
             const Entry* every_entry, const Look* every_look, int64_t entries, const float* q, const float* dout,
@@ -218,7 +218,7 @@ void backward_local(const Problem& p) {
         const auto& runs = w.tiles.query_runs(p, p.queries.source, from, width, into);
         gather(x, p.type, batch, head, runs.data(), to - from, size, scale, width);
       };
-      bring(p.q, p.depth, static_cast<float>(p.scale), widths.key, q);
+      bring(p.q, p.depth, p.row_scale(), widths.key, q);
       bring(p.dout, p.value_depth, 1.0f, widths.value, dout);
       bring(p.out, p.value_depth, 1.0f, widths.row, dq);
       for (int64_t tile = from; tile < to; ++tile) {
@@ -234,7 +234,7 @@ void backward_local(const Problem& p) {
       scatter(p.dq, p.type, batch, head, results.data(), to - from, p.depth, static_cast<float>(p.scale), widths.row);
     }
     const auto& dk = w.tiles.key_runs(w.tiles.token, widths.key, keys.dk);
-    scatter(p.dk, p.type, batch, key_head, dk.data(), to - from, p.depth, 1.0f, widths.key);
+    scatter(p.dk, p.type, batch, key_head, dk.data(), to - from, p.depth, p.sum_scale(), widths.key);
     const auto& dv = w.tiles.key_runs(w.tiles.token, widths.value, keys.dv);
     scatter(p.dv, p.type, batch, key_head, dv.data(), to - from, p.value_depth, 1.0f, widths.value);
   };
@@ -259,7 +259,7 @@ void tile_gradients(const Problem& p, int64_t batch, int64_t key_head, int64_t t
       const int64_t rows = std::min(ROWS, end - base);
       const auto run = [&](const int32_t* tokens, float* into) { return Run{tokens + base, rows, into}; };
       const Run qs = run(p.queries.source, q), douts = run(p.queries.source, dout), outs = run(p.queries.source, dq);
-      gather(p.q, p.type, batch, head, &qs, 1, p.depth, static_cast<float>(p.scale), widths.key);
+      gather(p.q, p.type, batch, head, &qs, 1, p.depth, p.row_scale(), widths.key);
       gather(p.dout, p.type, batch, head, &douts, 1, p.value_depth, 1.0f, widths.value);
       gather(p.out, p.type, batch, head, &outs, 1, p.value_depth, 1.0f, widths.row);
       attend(p, batch, head, base, base - first, rows, lane, w.entries.data(), w.looks.data(),
@@ -272,7 +272,7 @@ void tile_gradients(const Problem& p, int64_t batch, int64_t key_head, int64_t t
 void write_keys(const Problem& p, int64_t batch, int64_t head, int64_t from, int64_t to, float* dk, float* dv) {
   const Widths w(p);
   const Run dks{p.keys.token + from, to - from, dk}, dvs{p.keys.token + from, to - from, dv};
-  scatter(p.dk, p.type, batch, head, &dks, 1, p.depth, 1.0f, w.key);
+  scatter(p.dk, p.type, batch, head, &dks, 1, p.depth, p.sum_scale(), w.key);
   scatter(p.dv, p.type, batch, head, &dvs, 1, p.value_depth, 1.0f, w.value);
 }
 

@@ -51,7 +51,7 @@ void absorb(const Problem& p, int64_t batch, int64_t head, const Strip& strip, c
     values[i] = looks.values[chosen[i]];
     cells[i] = memory + i * CELL;
   }
-  scores(strip.q, p.depth, p.depth, panels, cells, count, lanes[0]);
+  scores(strip.q, p.depth, p.depth, panels, cells, count, lanes[0], p.sum_scale());
   const bool biased = p.terms > 0 || p.bias != nullptr;
   for (int i = 0; i < count; ++i) {
     const Entry& entry = looks.entries[chosen[i]];
@@ -144,7 +144,7 @@ void forward_local(const Problem& p) {
     float *q = w.q.take((slots + some) * p.depth), *out = w.out.take((slots + some) * width);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       const auto& queries = w.tiles.query_runs(p, p.queries.source, from, p.depth, q);
-      gather(p.q, p.type, batch, head, queries.data(), to - from, p.depth, static_cast<float>(p.scale), p.depth);
+      gather(p.q, p.type, batch, head, queries.data(), to - from, p.depth, p.row_scale(), p.depth);
       for (int64_t tile = from; tile < to; ++tile) {
         const int64_t at = w.tiles.first[tile - from], first = p.queries.first[tile], end = p.queries.first[tile + 1];
         const Looks looks{w.tiles.entries.data() + at, w.panels.data() + at, w.values.data() + at,
@@ -205,7 +205,7 @@ void forward_shared(const Problem& p) {
       const int64_t base = p.queries.first[piece.tile] + piece.from, rows = piece.to - piece.from;
       float *q = w.q.take(ROWS * p.depth), *out = w.out.take(ROWS * width);
       const Run queries{p.queries.source + base, rows, q}, results{p.queries.token + base, rows, out};
-      gather(p.q, p.type, batch, head, &queries, 1, p.depth, static_cast<float>(p.scale), p.depth);
+      gather(p.q, p.type, batch, head, &queries, 1, p.depth, p.row_scale(), p.depth);
       attend(p, batch, head, base, piece.from, rows, looks, q, out, w);
       scatter(p.out, p.type, batch, head, &results, 1, p.value_depth, 1.0f, width);
     });

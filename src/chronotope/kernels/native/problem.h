@@ -55,6 +55,11 @@ struct Problem {
   const float* dlse;  // [batch, heads, queries], or null
   int64_t lanes, bias_size;
   double* dbias;  // [lanes, bias_size], or null
+
+  // What rows of q, and what their sums with keys, are multiplied by. Products of 16-bit numbers are exact in float32, so
+  // that nothing is rounded before they are summed up; in float32 a row of q is rounded once, not every sum.
+  float row_scale() const { return type == FLOAT ? static_cast<float>(scale) : 1.0f; }
+  float sum_scale() const { return type == FLOAT ? 1.0f : static_cast<float>(scale); }
 };
 
 }  // namespace chronotope

@@ -7,9 +7,10 @@ namespace chronotope {
 
 constexpr int CELL = STRIP * VEC;
 
-// cells[p][r][lane] = sum over d of rows[r][d] * panels[p][d][lane], for N panels at once; rows are `width` apart.
+// cells[p][r][lane] = scale * sum over d of rows[r][d] * panels[p][d][lane], for N panels at once; rows are `width` apart.
 template <int N>
-inline void score(const float* rows, int64_t width, int64_t depth, const float* const* panels, float* const* cells) {
+inline void score(const float* rows, int64_t width, int64_t depth, const float* const* panels, float* const* cells,
+                  float scale) {
   vec sum[STRIP][N] = {};
   for (int64_t d = 0; d < depth; ++d) {
     vec y[N];
@@ -25,11 +26,12 @@ inline void score(const float* rows, int64_t width, int64_t depth, const float* 
 #pragma GCC unroll 8
   for (int r = 0; r < STRIP; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < N; ++p) store(cells[p] + r * VEC, sum[r][p]);
+    for (int p = 0; p < N; ++p) store(cells[p] + r * VEC, scale * sum[r][p]);
 }
 
 // The same for one panel of which only the first half is needed.
-inline void score_half(const float* rows, int64_t width, int64_t depth, const float* panel, float* cell) {
+inline void score_half(const float* rows, int64_t width, int64_t depth, const float* panel, float* cell,
+                       float scale = 1.0f) {
   half_vec sum[STRIP] = {};
   for (int64_t d = 0; d < depth; ++d) {
     half_vec y;
@@ -38,25 +40,28 @@ inline void score_half(const float* rows, int64_t width, int64_t depth, const fl
     for (int r = 0; r < STRIP; ++r) sum[r] += rows[r * width + d] * y;
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < STRIP; ++r) std::memcpy(cell + r * VEC, &sum[r], sizeof sum[r]);
+  for (int r = 0; r < STRIP; ++r) {
+    const half_vec cells = scale * sum[r];
+    std::memcpy(cell + r * VEC, &cells, sizeof cells);
+  }
 }
 
 // Cells of so many panels; of a single one only the first `lanes` count.
 inline void scores(const float* rows, int64_t width, int64_t depth, const float* const* panels, float* const* cells,
-                   int count, int lanes) {
+                   int count, int lanes, float scale = 1.0f) {
   if (count == 1 && lanes <= HALF_VEC) {
-    score_half(rows, width, depth, panels[0], cells[0]);
+    score_half(rows, width, depth, panels[0], cells[0], scale);
     return;
   }
   int p = 0;
-  for (; p + WIDE <= count; p += WIDE) score<WIDE>(rows, width, depth, panels + p, cells + p);
+  for (; p + WIDE <= count; p += WIDE) score<WIDE>(rows, width, depth, panels + p, cells + p, scale);
   if constexpr (WIDE > 2) {
     if (p + 2 <= count) {
-      score<2>(rows, width, depth, panels + p, cells + p);
+      score<2>(rows, width, depth, panels + p, cells + p, scale);
       p += 2;
     }
   }
-  for (; p < count; ++p) score<1>(rows, width, depth, panels + p, cells + p);
+  for (; p < count; ++p) score<1>(rows, width, depth, panels + p, cells + p, scale);
 }
 
 // A sum is complete before it is added to what was there: two short sums err less than a long one.

@@ -153,9 +153,10 @@ inline void turn_rows(const float* const* rows, int64_t depth, float scale, floa
     }
 }
 
-// cells[r][n][lane] = sum over d of rows[r][d] * panel[d][n][lane], for STRIP keys.
+// cells[r][n][lane] = scale * sum over d of rows[r][d] * panel[d][n][lane], for STRIP keys.
 template <int N, class V>
-inline void score_rows(const float* rows, int64_t width, int64_t depth, const float* panel, float* cells) {
+inline void score_rows(const float* rows, int64_t width, int64_t depth, const float* panel, float* cells,
+                       float scale = 1.0f) {
   constexpr int L = LANES<V>;
   V sum[STRIP][N] = {};
   const float* high = rows + 4 * width;  // pointers to all rows would take more registers than there are
@@ -175,7 +176,7 @@ inline void score_rows(const float* rows, int64_t width, int64_t depth, const fl
 #pragma GCC unroll 8
   for (int r = 0; r < STRIP; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(cells + (r * N + n) * L, sum[r][n]);
+    for (int n = 0; n < N; ++n) store(cells + (r * N + n) * L, scale * sum[r][n]);
 }
 
 // Where STRIP rows of a result go, and what they are multiplied by.

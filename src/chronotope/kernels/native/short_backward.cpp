@@ -71,13 +71,13 @@ struct Pass {
   int64_t number, passes;
 };
 
-// dk or dv from weights [key][WIDTH] and the rows of `count` queries.
+// dk or dv: factor * weights [key][WIDTH] times the rows of `count` queries.
 template <int WIDTH>
-void key_gradients(const Rows& out, const ShortTile& tile, const float* weights, const float* const* rows,
-                   int64_t count, Pass pass, float* room, Ahead& ahead) {
+void key_gradients(const Rows& out, const ShortTile& tile, const float* weights, float factor,
+                   const float* const* rows, int64_t count, Pass pass, float* room, Ahead& ahead) {
   const bool in_place = out.in_place && pass.passes == 1;
   for (int64_t j = 0; j < tile.keys; j += STRIP) {
-    Results results(out, tile.key + j, tile.keys - j, in_place, 1.0f, room + j * out.width);
+    Results results(out, tile.key + j, tile.keys - j, in_place, factor, room + j * out.width);
     results.adds = pass.number > 0;
     columns(out.width, [&]<int C>(int64_t at) {
       combine<C, WIDTH, 1>(weights + j * WIDTH, rows, count, at, results);
@@ -92,9 +92,8 @@ template <int N, class V>
 void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t from, int64_t count, Pass pass,
             const Room& room, Ahead& ahead) {
   constexpr int WIDTH = N * LANES<V>;
-  const float scale = static_cast<float>(p.scale);
   const int64_t key = heads.q.width, value = heads.dout.width;
-  heads.q.bring(tile.source + from, count, scale, room.q);
+  heads.q.bring(tile.source + from, count, p.row_scale(), room.q);
   heads.dout.bring(tile.source + from, count, 1.0f, room.dout);
   const float *q[WIDTH], *dout[WIDTH], *k[SHORT];
   float lse[WIDTH], dlse[WIDTH];
@@ -110,7 +109,7 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t
   turn_rows<N, V>(dout, value, 1.0f, room.dout_panel);
   ahead.step();
   for (int64_t j = 0; j < tile.keys; j += STRIP) {
-    score_rows<N, V>(room.k + j * key, key, p.depth, room.q_panel, room.weights + j * WIDTH);
+    score_rows<N, V>(room.k + j * key, key, p.depth, room.q_panel, room.weights + j * WIDTH, p.sum_scale());
     ahead.step();
     score_rows<N, V>(room.v + j * value, value, p.value_depth, room.dout_panel, room.ds + j * WIDTH);
     ahead.step();
@@ -118,15 +117,15 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, int64_t
   differentiate<N, V>(room.weights, room.ds, tile.keys, lse, dlse);
   for (int64_t r = 0; r < count; r += STRIP) {
     const int32_t* tokens = tile.token + from + r;
-    const Results results(heads.dq, tokens, count - r, heads.dq.in_place, scale, room.dq);
+    const Results results(heads.dq, tokens, count - r, heads.dq.in_place, static_cast<float>(p.scale), room.dq);
     columns(key, [&]<int C>(int64_t at) {
       combine<C, 1, WIDTH>(room.ds + r, k, tile.keys, at, results);
       ahead.step();
     });
     if (!heads.dq.in_place) heads.dq.send(tokens, std::min<int64_t>(STRIP, count - r), room.dq);
   }
-  key_gradients<WIDTH>(heads.dk, tile, room.ds, q, count, pass, room.dk, ahead);
-  key_gradients<WIDTH>(heads.dv, tile, room.weights, dout, count, pass, room.dv, ahead);
+  key_gradients<WIDTH>(heads.dk, tile, room.ds, p.sum_scale(), q, count, pass, room.dk, ahead);
+  key_gradients<WIDTH>(heads.dv, tile, room.weights, 1.0f, dout, count, pass, room.dv, ahead);
 }
 
 }  // namespace

@@ -64,10 +64,11 @@ void attend(const Problem& p, const Heads& heads, const ShortTile& tile, const f
   const float* rows[WIDTH];
   for (int i = 0; i < WIDTH; ++i)
     rows[i] = i < count ? heads.q.row(tile.source[from + i], room.q + i * heads.q.width) : rows[i - 1];
-  turn_rows<N, V>(rows, heads.q.width, static_cast<float>(p.scale), room.panel);
+  turn_rows<N, V>(rows, heads.q.width, p.row_scale(), room.panel);
   ahead.step();
   for (int64_t j = 0; j < tile.keys; j += STRIP) {
-    score_rows<N, V>(room.k + j * heads.q.width, heads.q.width, p.depth, room.panel, room.cells + j * WIDTH);
+    score_rows<N, V>(room.k + j * heads.q.width, heads.q.width, p.depth, room.panel, room.cells + j * WIDTH,
+                     p.sum_scale());
     ahead.step();
   }
   float share[WIDTH], lse[WIDTH];
