@@ -115,8 +115,9 @@ class Sight:
         """Which set of `keys` a block of queries knows a block of keys by, or UNKNOWN; None: the block's own."""
         if self.arrow is None:
             return None
-        return self._columns() if self._part is None else self._part[1]
+        return self._columns if self._part is None else self._part[1]
 
+    @cached_property
     def _columns(self) -> Int32[Tensor, "nq nk"]:
         """`column` where no block is known in part."""
         column = torch.arange(self.counts[1], dtype=torch.int32).repeat(self.counts[0], 1)
@@ -132,7 +133,7 @@ class Sight:
         rows, cols = (self.visible & ~known & ~self.own).nonzero().T  # its own are kept whatever their score
         if not len(rows):
             return None
-        tiles, column = (rows + self.q.prefix_tiles, cols + self.k.prefix_tiles), self._columns()
+        tiles, column = (rows + self.q.prefix_tiles, cols + self.k.prefix_tiles), self._columns.clone()
         token, real = _members(self.k, tiles[1])
         known = real & self._known(self.arrow, self.q, tiles[0], self.k, tiles[1]) & self.live[1][token]
         found, inverse = torch.unique(torch.cat([cols[:, None], known.long()], 1), dim=0, return_inverse=True)
@@ -189,14 +190,14 @@ class Sight:
 
     def spread(self, scores: Float[Tensor, "b h rows sets"], rows: slice) -> Float[Tensor, "b h rows nk"]:
         """Scores of sets of keys as scores of blocks: -inf where nothing is visible, LOWEST where nothing is known."""
-        scores = torch.where(scores.isnan(), LOWEST, scores.clamp(min=LOWEST))
+        scores = scores.nan_to_num(LOWEST, torch.inf, LOWEST).clamp_(min=LOWEST)
         if self._part is not None:
             column = self._part[1][rows].long().to(scores.device)
             found = scores.gather(3, column.clamp(min=0).expand(*scores.shape[:3], -1))
-            scores = torch.where(column == UNKNOWN, LOWEST, found)
+            scores = found.masked_fill_(column == UNKNOWN, LOWEST)
         elif self.arrow is not None:
-            scores = scores.masked_fill(self._blank[rows].to(scores.device), LOWEST)
-        return scores.masked_fill(~self.visible[rows].to(scores.device), -torch.inf)
+            scores.masked_fill_(self._blank[rows].to(scores.device), LOWEST)
+        return scores.masked_fill_(~self.visible[rows].to(scores.device), -torch.inf)
 
     def pairs(self, chosen: Bool[Tensor, "b h rows nk"], first: int = 0) -> Int64[Tensor, "pairs"]:
         """What `Route.choose` returns, from a table of blocks whose first row is block `first` of queries."""

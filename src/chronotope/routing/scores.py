@@ -32,8 +32,8 @@ class Dot(Score):
     counted: bool = True
 
     def __call__(self, q: Queries, k: Sets, count: Float[Tensor, "sets"]) -> Float[Tensor, "b h rows sets"]:
-        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        return score + count.clamp(min=1).log().to(q) if self.counted else score
+        score = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
+        return score.add_(count.clamp(min=1).log().to(q)) if self.counted else score
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,11 @@ class TreeSearch(Route):
         order = may.int().argsort(dim=1, descending=True, stable=True)
         batch, heads, _, most = q.shape[0], q.shape[1], *keys.shape[2:4]
         each = batch * heads * 2 * self.keep * most * q.shape[3]
-        found = []
-        for rows in chunks(len(may), each, AT_ONCE):
-            answer = _Answer(votes[:, :, rows], voting[rows], keys, sight, rows, order[rows].to(q.device))
+        found, parts = [], chunks(len(may), each, AT_ONCE)
+        largest = max((rows.stop - rows.start for rows in parts), default=0)
+        room = keys.new_empty(batch * heads * largest * 2 * self.keep, most * q.shape[3])
+        for rows in parts:
+            answer = _Answer(votes[:, :, rows], voting[rows], keys, room, sight, rows, order[rows].to(q.device))
             count = may[rows].sum(1).expand(batch, heads, -1).to(q.device)
             found.append(answer.block(refine(answer, count, self.keep, self.sample)))
         own = torch.where(sight.own, torch.arange(sight.counts[1]), -1).sort(dim=1, descending=True).values
@@ -118,6 +120,7 @@ class _Answer:
     votes: Float[Tensor, "b h rows votes d"]
     voting: Bool[Tensor, "rows votes"]
     keys: Float[Tensor, "b hk sets most d"]
+    room: Float[Tensor, "most_items keys"]
     sight: Sight
     rows: slice
     order: Int64[Tensor, "rows nk"]
@@ -137,11 +140,12 @@ class _Answer:
         _, kv, sets, most, dim = self.keys.shape
         first = torch.arange(batch, device=number.device)[:, None] * kv
         slab = first + torch.arange(heads, device=number.device) // (heads // kv)
-        chosen = self.keys.reshape(-1, most * dim)[(slab[:, :, None, None] * sets + number)]
+        number = (slab[:, :, None, None] * sets + number).flatten()
+        chosen = torch.index_select(self.keys.view(-1, most * dim), 0, number, out=self.room[: len(number)])
         scores = self.votes @ chosen.view(batch, heads, rows, some * most, dim).transpose(-1, -2)
-        scores = scores.masked_fill(~self.voting[:, :, None], -torch.inf).amax(3).unflatten(3, (some, most))
-        real = self.sight.keys.real.to(number.device)[number]
-        return scores.masked_fill(~real, -torch.inf).amax(4).masked_fill(~known, LOWEST)
+        best = scores.masked_fill_(~self.voting[:, :, None], -torch.inf).amax(3).unflatten(3, (some, most))
+        real = self.sight.keys.real.to(number.device)[number % sets].view(best.shape)
+        return best.masked_fill_(~real, -torch.inf).amax(4).masked_fill_(~known, LOWEST)
 
 
 def tree_search(

@@ -45,13 +45,12 @@ class TopK(Keeping):
     keep: float | int
 
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
-        possible = scores > -torch.inf
-        first = own.to(scores.device) & possible
-        scores = scores.masked_fill(first, torch.inf)
-        count = kept_of(self.keep, possible.sum(-1, keepdim=True))
-        best = scores.topk(int(count.max()) if count.numel() else 0, dim=-1).indices
-        kept = torch.arange(best.shape[-1], device=scores.device) < count
-        return (torch.zeros_like(possible).scatter_(-1, best, kept) | first) & possible
+        first = own.to(scores.device) & (scores > -torch.inf)
+        most = _most(self.keep, scores)
+        limit = int(most.max()) if most.numel() else 0
+        best = scores.masked_fill(first, torch.inf).topk(limit, dim=-1)
+        kept = (best.values > -torch.inf) & (torch.arange(limit, device=scores.device) < most)
+        return torch.zeros_like(first).scatter_(-1, best.indices, kept) | first
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Mass(Keeping):
         order = scores.masked_fill(first, torch.inf).argsort(dim=-1, descending=True, stable=True)
         found = share.gather(-1, order)
         before = found.cumsum(-1) - found
-        most = kept_of(self.keep, possible.sum(-1, keepdim=True))
+        most = _most(self.keep, scores)
         kept = (before < self.mass) & (torch.arange(order.shape[-1], device=scores.device) < most)
         if self.mass == 1:  # whatever a sum of rounded shares is
             kept = torch.arange(order.shape[-1], device=scores.device) < most
@@ -104,6 +103,13 @@ def kept_of(keep: float | int, possible: Tensor) -> Tensor:
     if isinstance(keep, int):
         return possible.clamp(max=keep)
     return torch.ceil(keep * possible.double() - 1e-6).long()
+
+
+def _most(keep: float | int, scores: Scores) -> Tensor:
+    """How many each query block keeps at most."""
+    if isinstance(keep, int):
+        return torch.full((1,), min(keep, scores.shape[-1]), device=scores.device)
+    return kept_of(keep, (scores > -torch.inf).float().sum(-1, keepdim=True))  # a sum of floats is far faster
 
 
 def require_keep(keep: object) -> None:
