@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chronotope.bias import Bias
 from chronotope.checks import check_bias, check_grids, check_scores, check_tensors
+from chronotope.copied import Copied
 from chronotope.errors import ChronotopeError, UnsupportedError
 from chronotope.grid import Grid
 from chronotope.kernels import BACKENDS, Backend, Call, Facts, Scores, backends, bias_tensors, run
@@ -116,8 +117,7 @@ def attention(
     # Plain values: a compiler that traces this function can hand them on.
     facts = (q.device.type, q.dtype, q.shape[3], v.shape[3])
     if isinstance(where, Pattern) and where.routes:
-        scores = Scores(scale, softcap, None, bias is not None, (), ())
-        routed = (q, k, v, where, grid, key_grid, scores, backend)
+        routed = (q, k, v, where, grid, key_grid, bias, (scale, softcap), backend)
         out, lse = outside(_routed, *routed) if torch.compiler.is_compiling() else _routed(*routed)
         return (out, lse) if return_lse else out
     request = (where, grid, key_grid, q.shape[1], facts, (scale, softcap), bias is not None, biases, backend)
@@ -192,18 +192,26 @@ def _choose(name: str, facts: Facts, tiles: Tiling, scores: Scores) -> Backend:
 
 
 def _routed(
-    q: Tensor, k: Tensor, v: Tensor, where: Pattern, grid: Grid, key_grid: Grid, scores: Scores, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: Pattern,
+    grid: Grid,
+    key_grid: Grid,
+    bias: Tensor | Bias | None,
+    scores: tuple[float, float | None],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Lets the routes choose, then runs what they chose."""
-    if scores.biased:
-        raise UnsupportedError(f"{where!r} with a bias: no kernel adds one to what a route chose; leave out either.")
     facts = Facts(q.device.type, q.dtype, q.shape[3], v.shape[3])
     with torch.autocast(q.device.type, enabled=False) if q.device.type in AUTOCAST else nullcontext():
         parts = chosen(where, q, k, grid, key_grid)
-        results = [
-            attend(*of_heads(q, k, v, heads), tiles, scores, lambda *call: _choose(backend, facts, *call))
-            for heads, tiles in parts
-        ]
+        results = []
+        for heads, tiles in parts:
+            copied = None if bias is None else Copied(bias, grid, key_grid, heads)
+            own = Scores(*scores, copied, bias is not None, bias_tensors(copied), (0,))
+            call = Call(_choose(backend, facts, tiles, own), tiles, own)
+            results.append(attend(*of_heads(q, k, v, heads), call))
     return results[0] if len(results) == 1 else _gather(results, [heads for heads, _ in parts])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from chronotope.errors import ChronotopeError
@@ -25,6 +25,17 @@ class Relative:
 
     extent: Mapping[str, int]
     table: Float[Tensor, "heads entries"]
+
+    def index(self, q: Coords, k: Coords) -> Int64[Tensor, "..."]:
+        """i of pairs of places; q is aligned."""
+        out = torch.zeros((), dtype=torch.int64, device=q.place.device)
+        for axis, reach in self.extent.items():
+            out = out * (2 * reach + 1) + (k.axes[axis] - q.axes[axis]).clamp(-reach, reach) + reach
+        return out
+
+    def of(self, head: Int64[Tensor, "..."], q: Coords, k: Coords) -> Float[Tensor, "..."]:
+        """The scores of pairs of places, each for a head of its own."""
+        return self.table.flatten()[head * self.table.shape[1] + self.index(q, k)]
 
 
 class Bias(nn.Module):
@@ -91,10 +102,7 @@ class RelativeBias(Bias):
             raise ChronotopeError(f"RelativeBias has a table over {missing}, but the grid has the axes {list(axes)}.")
 
     def score(self, q: Coords, k: Coords) -> Float[Tensor, "heads ..."]:
-        index = torch.zeros((), dtype=torch.int64, device=q.place.device)
-        for axis, reach in self.extent.items():
-            offset = (k.axes[axis] - q.axes[axis]).clamp(-reach, reach) + reach
-            index = index * (2 * reach + 1) + offset
+        index = Relative(self.extent, self.table).index(q, k)
         return self.table.index_select(1, index.flatten()).view(self.heads, *index.shape)
 
     def relative(self, state: Mapping[str, Tensor], grid: Grid, key_grid: Grid) -> list[Relative]:

@@ -37,6 +37,13 @@ class Boxes:
         lo = {name: torch.zeros(1, dtype=torch.int64) for name in grid.axes}
         return cls(grid, lo, {name: torch.tensor([size - 1]) for name, size in grid.sizes.items()})
 
+    @classmethod
+    def slices(cls, grid: Grid, axis: str, first: Int64[Tensor, "p"], last: Int64[Tensor, "p"]) -> Boxes:
+        """Whole slices of an axis, from `first` to `last`, both inclusive."""
+        lo = {name: torch.zeros_like(first) for name in grid.axes}
+        hi = {name: torch.full_like(first, size - 1) for name, size in grid.sizes.items()}
+        return cls(grid, {**lo, axis: first}, {**hi, axis: last})
+
     def sizes(self) -> dict[str, Int64[Tensor, "p"]]:
         """Extent of each box on each axis."""
         return {name: self.hi[name] - self.lo[name] + 1 for name in self.lo}

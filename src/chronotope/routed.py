@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.kernels import Call, Scores, run
-from chronotope.kernels.call import Backend
+from chronotope.kernels import Call, run
 from chronotope.patterns import Pattern
-from chronotope.planning import Chosen, Tiling, plan, resolve
+from chronotope.planning import Chosen, heads_alike, plan, resolve
 
 Heads = tuple[int, ...]
-Choose = Callable[[Tiling, Scores], Backend]
 
 
 def chosen(
@@ -26,14 +22,10 @@ def chosen(
     if where.heads is not None and where.heads != q.shape[1]:
         raise ChronotopeError(f"{where!r} is for {where.heads} heads, q has {q.shape[1]}.")
     where.check(grid, key_grid)
-    alike: dict[Pattern, list[int]] = {}
-    for head in range(q.shape[1]):
-        alike.setdefault(where.head(head), []).append(head)
-    out = []
-    for own, some in alike.items():
-        heads = tuple(some)
-        out.append((heads, resolve(own, *of_heads(q, k, k, heads)[:2], grid, key_grid)))
-    return out
+    return [
+        (heads, resolve(own, *of_heads(q, k, k, heads)[:2], grid, key_grid))
+        for own, heads in heads_alike(where, q.shape[1]).items()
+    ]
 
 
 def of_heads(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,10 +37,10 @@ def of_heads(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> tuple[Tensor, Ten
     return q[:, list(heads)], k[:, own], v[:, own]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Chosen, scores: Scores, choose: Choose) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) over what was chosen; all heads of the batch lie in one sequence."""
     long = [x.reshape(1, 1, -1, x.shape[3]) for x in (q, k, v)]
-    out, lse = run(long[0], long[1], long[2], scores.tensors, Call(choose(tiles, scores), tiles, scores))
+    out, lse = run(long[0], long[1], long[2], call.scores.tensors, call)
     return out.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
 
 

@@ -52,8 +52,11 @@ def test_forward_is_the_formula(kv_heads, qk_norm):
     places = grid.coords().double()
     expected = written_out(layer, x, ct.plan(where, grid).mask(), q_places=places, k_places=places)
     torch.testing.assert_close(layer(x, grid), expected)
-    q, k = layer.qk(x, grid)
-    assert q.shape == (2, 4, 24, 8) and k.shape == (2, kv_heads, 24, 8)
+    q, k, v = layer.project(x, grid)
+    assert q.shape == (2, 4, 24, 8) and k.shape == v.shape == (2, kv_heads, 24, 8)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.qk(x, grid), (q, k), strict=True))
+    out = ct.attention(q, k, v, grid=grid, where=where)
+    torch.testing.assert_close(layer.out(out.transpose(1, 2).flatten(2)), expected)
 
 
 def test_without_a_pattern_it_is_dense_attention():

@@ -63,7 +63,7 @@ def test_what_cannot_be_stepped_says_why():
     with pytest.raises(ct.ChronotopeError, match=r"expected a route & causal\('n'\)"):
         Attention(12, 2, where=ct.route.top_blocks(2, n=4)).init_state(1, one)
     where = ct.route.top_blocks(2, n=4) & ct.causal()
-    with pytest.raises(ct.ChronotopeError, match="no bias joins"):
+    with pytest.raises(ct.ChronotopeError, match="take no bias"):
         Attention(12, 2, where=where, bias=ct.Alibi(2)).init_state(1, one)
     layer = Attention(12, 2, where=where)
     state = layer.init_state(1, one)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import chronotope as ct
 from attend import on_cpu
+from chronotope.grid import Coords
 from chronotope.planning import resolve
 from chronotope.planning.arrow import arrow
 from strategies import build, grid_pairs, grids
@@ -96,10 +97,10 @@ def numbers(
     return [torch.randn(2, *shape, generator=rng, **({"dtype": torch.float64} | kwargs)) for shape in shapes]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """(out, lse) by the formula."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
     return torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None]) @ v, lse
 
@@ -131,6 +132,70 @@ def test_every_backend_computes_what_was_chosen(data: st.DataObject) -> None:
         grads = torch.autograd.grad(found, own, [dout.to(dtype), dlse.to(dtype)])
         for got, want in zip((*found, *grads), (out, lse, *expected), strict=True):
             assert torch.allclose(got.double(), want, atol=bound, rtol=bound), backend
+
+
+class Nearness(ct.Bias):
+    """A bias that gives no tables."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.weight = heads, torch.nn.Parameter(torch.arange(1.0, heads + 1).double())
+
+    def check(self, axes: tuple[str, ...]) -> None:
+        return None
+
+    def score(self, q: Coords, k: Coords) -> Tensor:
+        apart = (k.axes[k.grid.axes[0]] - q.axes.get(k.grid.axes[0], q.place)).double()
+        return self.weight.view(-1, *[1] * apart.ndim) / (1 + apart.abs())
+
+
+def some_bias(kind: str, grid: ct.Grid, key_grid: ct.Grid, rng: torch.Generator) -> ct.Bias | Tensor:
+    """A bias for four heads."""
+    shared = [axis for axis in grid.axes if axis in key_grid.axes]
+    if kind == "relative" and shared:
+        out = ct.RelativeBias(4, **dict.fromkeys(shared[:2], 2)).double()
+        torch.nn.init.normal_(out.table, generator=rng)
+        return out
+    if kind == "alibi" and shared:
+        return ct.Alibi(4, axes=shared[0], learned=True).double()
+    if kind == "no tables":
+        return Nearness(4)
+    shape = [size if torch.rand((), generator=rng) < 0.6 else 1 for size in (2, 4, grid.size, key_grid.size)]
+    return torch.randn(shape[int(shape[0] == 1) :], generator=rng, dtype=torch.float64, requires_grad=True)
+
+
+@LAW
+@given(st.data(), st.sampled_from(["relative", "alibi", "no tables", "tensor"]))
+def test_a_bias_joins_what_was_chosen(data: st.DataObject, kind: str) -> None:
+    grid, key_grid = data.draw(grid_pairs(30))
+    route = data.draw(routes(grid, key_grid)).make()
+    where = ct.per_head([route, route | ct.sinks(1), route, ct.causal()]) if data.draw(st.booleans()) else route
+    try:
+        where.check(grid, key_grid)
+    except ct.ChronotopeError:  # an axis that one of the grids lacks
+        return
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    bias = some_bias(kind, grid, key_grid, rng)
+    x = [y.requires_grad_() for y in numbers(grid, key_grid, 1)]
+    given_ = [bias] if isinstance(bias, Tensor) else list(bias.parameters())
+    places = torch.arange(grid.size)[:, None], torch.arange(key_grid.size)[None]
+    added = bias if isinstance(bias, Tensor) else bias(Coords.of(grid, places[0]), Coords.of(key_grid, places[1]))
+    out, lse = dense(*x, where.select(*x[:2], grid, key_grid), added)
+    dout = torch.randn(out.shape, generator=rng, dtype=torch.float64)
+    expected = torch.autograd.grad(out, [*x, *given_], dout)
+    for backend in ("torch", "reference"):
+        found = ct.attention(*x, grid=grid, key_grid=key_grid, where=where, bias=bias, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(found[0], [*x, *given_], dout)
+        for got, want in zip((*found, *grads), (out, lse, *expected), strict=True):
+            assert torch.allclose(got, want, atol=1e-9, rtol=1e-9), backend
+
+
+def test_a_kernel_that_cannot_add_the_bias_says_so() -> None:
+    grid = ct.Grid(n=8)
+    x = numbers(grid, grid, 0, dtype=torch.float32)
+    with pytest.raises(ct.UnsupportedError, match="RelativeBias beside a route gives no table"):
+        bias = ct.RelativeBias(4, n=2)
+        ct.attention(*x, grid=grid, where=ct.route.top_blocks(1, n=2), bias=bias, backend="native")
 
 
 @LAW
@@ -304,7 +369,6 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "mass of 2": (lambda: ct.route.top_blocks(mass=2, t=2), "mass=2"),
     "an unknown axis": (lambda: attend(ct.route.top_blocks(x=2)), "'x'"),
     "a plan": (lambda: ct.plan(ct.route.top_blocks(t=2), GRID), "without them"),
-    "a bias": (lambda: attend(ct.route.top_blocks(t=2), bias=torch.zeros(16, 16)), "bias"),
     "other heads": (lambda: attend(ct.per_head([ct.route.top_blocks(t=2)] * 3)), "3 heads"),
     "a wrong table": (lambda: attend(ct.route.chosen(torch.ones(2, 2, 3, 2, dtype=torch.bool), t=2)), "expected"),
     "wrong numbers": (lambda: attend(ct.route.chosen(torch.full((1, 1, 2, 1), 7), t=2)), "0 to 1"),

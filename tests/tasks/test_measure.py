@@ -25,12 +25,14 @@ def test_error_is_that_of_the_next_frame(model):
     assert measure.predictions(model, clips).shape == (5, 3, 1, 8, 10)
 
 
-def test_queries_and_keys_are_those_of_the_layers(model):
-    clips = torch.rand(2, 4, 1, 8, 10)
-    found = measure.queries_and_keys(model, clips)
-    x, grid = model.embed(clips[:, :-1])
-    q, k = model.attentions()[0].qk(model.stack.blocks[0].norms[0](x), grid)
-    assert len(found) == 2 and torch.equal(found[0][0], q) and torch.equal(found[0][1], k)
+def test_queries_keys_and_values_are_those_of_the_layers(model):
+    frames = torch.rand(2, 3, 1, 8, 10)
+    found = measure.qkv(model, frames)
+    x, grid = model.embed(frames)
+    expected = model.attentions()[0].project(model.stack.blocks[0].norms[0](x), grid)
+    assert len(found) == 2
+    for own, theirs in zip((found[0].q, found[0].k, found[0].v), expected, strict=True):
+        assert torch.equal(own, theirs)
     assert not any(layer._forward_pre_hooks for layer in model.attentions())
 
 

@@ -12,7 +12,8 @@ import chronotope as ct
 from chronotope.models import Language
 from chronotope.report.fidelity import fidelity_tables, write_fidelity
 from chronotope.tasks import language
-from chronotope.tasks.fidelity import LIMIT, STATIC, Sample, compare, layers_of, menu, teach
+from chronotope.tasks.fidelity import LIMIT, STATIC, Sample, compare, menu, teach
+from chronotope.tasks.measure import qkv
 from chronotope.tasks.show import console
 
 GRID = ct.Grid(n=64)
@@ -22,14 +23,14 @@ GRID = ct.Grid(n=64)
 def sample() -> Sample:
     torch.manual_seed(0)
     model = Language(16, 2, 1)
-    layers = [layers_of(model, torch.randint(256, (batch, GRID.size))) for batch in (1, 2)]
+    layers = [qkv(model, torch.randint(256, (batch, GRID.size))) for batch in (1, 2)]
     return Sample("untrained", GRID, {"n": 4}, ct.causal(), *layers)
 
 
 def test_q_k_v_are_what_the_layer_attends_with(sample: Sample) -> None:
     torch.manual_seed(1)
     model, x = Language(16, 2, 1), torch.randint(256, (1, GRID.size))
-    (layer,) = layers_of(model, x)
+    (layer,) = qkv(model, x)
     (attention,) = model.attentions()
     seen: list[torch.Tensor] = []
     attention.out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

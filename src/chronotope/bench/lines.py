@@ -82,10 +82,6 @@ def _routed(rows: list[Row]) -> str:
     return out + ("" if first.error is None else f"{first.error:10.1e}")
 
 
-def _stepped(row: Row) -> str:
-    return f"{_tokens(row):>7,}: {1e6 * (row.seconds_median or 0):7.0f} us {row.peak_mb:9.3f} MB"
-
-
 def _tokens(row: Row) -> int:
     return int(row.grid.removeprefix("Grid(n=").removesuffix(")"))
 

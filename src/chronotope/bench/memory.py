@@ -58,5 +58,5 @@ def _row(grid: ct.Grid, backend: str, phase: str, settings: Settings) -> Row:
         peak_mb=used,
         peak_share=used / (4 * grid.size * HEADS * SIZE * 4 / 2**20),
         rounds=1,
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **circumstances(settings.threads, settings.device),
     )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 import chronotope as ct
 from chronotope.bench import cases
 from chronotope.bench.cases import Case
-from chronotope.bench.referee import Lap, Run, fresh, paired, ratio
-from chronotope.bench.results import Row, circumstances
+from chronotope.bench.referee import Lap, Run, fresh, paired
+from chronotope.bench.results import Row, circumstances, times
 from chronotope.bench.timing import Settings
 
 SECONDS = 5.0  # for the rounds of one case
@@ -26,8 +24,8 @@ def planning(settings: Settings) -> Iterator[list[Row] | str]:
         {BLOCK_MASK: _block_mask(window, settings.device), PLAN: _cold(window), MASKS: _cold(window, masks=True)},
         settings.rounds,
     )
-    times = {name: [parts[-1] for parts in rounds] for name, rounds in seconds.items()}
-    yield [_row(window, name, found, settings, times[BLOCK_MASK]) for name, found in times.items()]
+    laps = {name: [parts[-1] for parts in rounds] for name, rounds in seconds.items()}
+    yield [_row(window, name, found, settings, laps[BLOCK_MASK]) for name, found in laps.items()]
     for case in others:
         found = paired({PLAN: _cold(case)}, settings.rounds, SECONDS)[PLAN]
         yield [_row(case, PLAN, [parts[-1] for parts in found], settings)]
@@ -81,13 +79,11 @@ print(json.dumps([repr(where), repr(grid), seconds, plan.density, plan.tile_dens
         grid=grid,
         backend=PLAN,
         phase="plan",
-        seconds_median=seconds,
-        seconds_min=seconds,
         density=density,
         tile_density=share,
         peak_mb=done.added,
-        rounds=1,
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **times([seconds]),
+        **circumstances(settings.threads, settings.device),
     )
 
 
@@ -96,18 +92,13 @@ def _sizes(text: str) -> dict[str, int]:
 
 
 def _row(case: Case, backend: str, seconds: list[float], settings: Settings, against: list[float] | None = None) -> Row:
-    made = Row(
+    return Row(
         table="planning",
         row=case.name,
         pattern=case.pattern,
         grid=repr(case.grid),
         backend=backend,
         phase="plan",
-        seconds_median=statistics.median(seconds),
-        seconds_min=min(seconds),
-        rounds=len(seconds),
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **times(seconds, against),
+        **circumstances(settings.threads, settings.device),
     )
-    if against is None:
-        return made
-    return replace(made, dense_seconds_median=statistics.median(against), ratio_to_dense=ratio(against, seconds))

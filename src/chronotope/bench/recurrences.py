@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import chronotope as ct
 from chronotope.bench.cases import BOTH, FORWARD
-from chronotope.bench.referee import Lap, Run, paired, ratio
-from chronotope.bench.results import Row, circumstances
+from chronotope.bench.referee import Lap, Run, paired
+from chronotope.bench.results import Row, circumstances, times
 from chronotope.bench.timing import Settings
 from chronotope.recurrences.table import BACKENDS
 
@@ -77,11 +77,11 @@ def recurrences(settings: Settings) -> Iterator[list[Row] | str]:
             perform.setdefault(label, []).append((first.seconds_median or 0) / n)
             if (first.ratio_to_dense or 0) > 1:
                 crossed.setdefault(label, n)
-    for label, times in perform.items():
+    for label, took in perform.items():
         where = f"faster than {SOFTMAX} from {crossed[label]:,} tokens on" if label in crossed else "never faster"
         yield (
-            f"  {label}: {where}; time for each token from {1e6 * min(times):.2f} to {1e6 * max(times):.2f} us "
-            f"over all lengths, {max(times) / min(times) - 1:.0%} apart"
+            f"  {label}: {where}; time for each token from {1e6 * min(took):.2f} to {1e6 * max(took):.2f} us "
+            f"over all lengths, {max(took) / min(took) - 1:.0%} apart"
         )
 
 
@@ -105,10 +105,10 @@ def _length(n: int, settings: Settings) -> Iterator[list[Row]]:
                 runs[label] = _forward(inputs, backend.name)
                 if n <= LONGEST_TRAINED:
                     runs[f"{label} | {BOTH}"] = _training(inputs, backend.name)
-    times = max(1, AT_LEAST // n)
-    repeated = {name: run if name == PEAK else _repeated(run, times) for name, run in runs.items()}
+    again = max(1, AT_LEAST // n)
+    repeated = {name: run if name == PEAK else _repeated(run, again) for name, run in runs.items()}
     seconds = {
-        name: [parts[0] / (1 if name == PEAK else times) for parts in rounds]
+        name: [parts[0] / (1 if name == PEAK else again) for parts in rounds]
         for name, rounds in paired(repeated, settings.rounds, 20.0).items()
     }
     for name in (PEAK, SOFTMAX):
@@ -184,7 +184,7 @@ def _row(
     name: str, n: int, backend: str, phase: str, settings: Settings, seconds: list[float] | None,
     softmax: list[float] | None = None,
 ) -> Row:  # fmt: skip
-    row = Row(
+    return Row(
         table="recurrences",
         row=name,
         pattern="",
@@ -194,14 +194,9 @@ def _row(
         dtype="float32",
         backend=backend,
         phase=phase,
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **times(seconds, softmax),
+        **circumstances(settings.threads, settings.device),
     )
-    if seconds is None:
-        return row
-    row = replace(row, seconds_median=statistics.median(seconds), seconds_min=min(seconds), rounds=len(seconds))
-    if softmax is None:
-        return row
-    return replace(row, dense_seconds_median=statistics.median(softmax), ratio_to_dense=ratio(softmax, seconds))
 
 
 def _bounded(row: Row, fastest: float, error: float) -> Row:

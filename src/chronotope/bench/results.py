@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import platform
 import re
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from chronotope.bench.referee import ratio
 from chronotope.errors import ChronotopeError
 from chronotope.machine import processor
 
@@ -68,7 +71,17 @@ _NUMBERS = {"int": int, "int | None": int, "float | None": float}
 _KINDS = {RENAMED.get(field.name, field.name): _NUMBERS.get(str(field.type), str) for field in fields(Row)}
 
 
-def circumstances(threads: int, device: str) -> dict[str, str | int]:
+def times(seconds: Sequence[float] | None, dense: Sequence[float] | None = None) -> dict[str, Any]:
+    """The columns of a time taken in every round, and of what it is compared with; None: not timed."""
+    if seconds is None:
+        return {}
+    out = {"seconds_median": statistics.median(seconds), "seconds_min": min(seconds), "rounds": len(seconds)}
+    if dense is not None:
+        out |= {"dense_seconds_median": statistics.median(dense), "ratio_to_dense": ratio(dense, seconds)}
+    return out
+
+
+def circumstances(threads: int, device: str) -> dict[str, Any]:
     """The columns that say on what, and when."""
     return {
         "threads": threads,

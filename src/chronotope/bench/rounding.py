@@ -68,5 +68,5 @@ def _row(
         phase=name,
         ratio_to_dense=error / dense,
         error=error,
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **circumstances(settings.threads, settings.device),
     )

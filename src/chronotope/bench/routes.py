@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import chronotope as ct
 from chronotope.bench.cases import BACKWARD, FORWARD
-from chronotope.bench.referee import Lap, Run, paired, ratio
-from chronotope.bench.results import Row, circumstances
+from chronotope.bench.referee import Lap, Run, paired
+from chronotope.bench.results import Row, circumstances, times
 from chronotope.bench.timing import Settings
 from chronotope.planning import resolve
 
@@ -58,15 +58,15 @@ def _inputs(n: int) -> tuple[Tensor, Tensor, Tensor]:
 def routes(settings: Settings) -> Iterator[list[Row] | str]:
     """Every route at each length; then how time grew."""
     lengths = (512, 1024) if settings.quick else (8192, 16384, 32768)
-    times: dict[str, list[float]] = {}
+    took: dict[str, list[float]] = {}
     cases = _cases()
     for n in lengths:
         for rows in _length(n, cases, settings):
             yield rows
-            times.setdefault(rows[0].row, []).append(rows[0].seconds_median or math.nan)
+            took.setdefault(rows[0].row, []).append(rows[0].seconds_median or math.nan)
     for name, claim in [(DENSE, "2"), (CAUSAL, "2"), *((case.name, case.claim) for case in cases)]:
-        if len(times.get(name, [])) == len(lengths):
-            yield f"  {name}: time grows with N^{growth(lengths, times[name]):.2f}; claimed: {claim}"
+        if len(took.get(name, [])) == len(lengths):
+            yield f"  {name}: time grows with N^{growth(lengths, took[name]):.2f}; claimed: {claim}"
 
 
 def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float:
@@ -169,17 +169,15 @@ def _row(name: str, pattern: str, n: int, settings: Settings) -> Row:
         dtype="float32",
         backend="auto",
         phase=FORWARD,
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **circumstances(settings.threads, settings.device),
     )
 
 
 def _timed(row: Row, seconds: list[float], dense: list[float] | None) -> Row:
-    row = replace(row, seconds_median=statistics.median(seconds), seconds_min=min(seconds), rounds=len(seconds))
-    if dense is None:
+    row = replace(row, **times(seconds, dense))
+    if row.bound is None or row.ratio_to_dense is None:
         return row
-    faster = ratio(dense, seconds)
-    reached = None if row.bound is None else faster / row.bound
-    return replace(row, dense_seconds_median=statistics.median(dense), ratio_to_dense=faster, reached=reached)
+    return replace(row, reached=row.ratio_to_dense / row.bound)
 
 
 def _cases() -> list[Routed | Other]:

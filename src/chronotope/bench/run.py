@@ -20,7 +20,7 @@ from chronotope.bench.routes import routes
 from chronotope.bench.stepping import stepping
 from chronotope.bench.timing import Settings
 from chronotope.errors import ChronotopeError
-from chronotope.planning.parse import unknown_name
+from chronotope.planning.parse import named, unknown_name
 
 Table = Callable[[Settings], Iterator[list[Row] | str]]
 TABLES: dict[str, Table] = {
@@ -52,14 +52,12 @@ def bench(
 
     Raises ChronotopeError on a table, device or number that is not there.
     """
-    for name in only or []:
-        if name not in TABLES:
-            raise unknown_name("table", name, list(TABLES))
+    names = named("table", only, TABLES)
     _require(settings)
     say(machine(settings.threads, settings.device))
     out: list[Row] = []
     with _configured(settings):
-        for name in only or TABLES:
+        for name in names:
             rows: list[Row] = []
             say("")
             for text in heading(name):

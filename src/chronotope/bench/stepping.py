@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 import chronotope as ct
-from chronotope.bench.results import Row, circumstances
+from chronotope.bench.results import Row, circumstances, times
 from chronotope.bench.timing import Settings
 from chronotope.nn import S4D, S5, Attention, Decay, DeepMemory, Mamba, Mamba2, Mixer, Recurrence, ShortConv
 
@@ -51,9 +50,9 @@ def stepping(settings: Settings) -> Iterator[list[Row] | str]:
             steps = filled(layer, contexts) if name == CACHE else walked(layer, contexts)
         rows = [_row(name, context, seconds, state, settings) for context, seconds, state in steps]
         yield rows
-        times = [row.seconds_median or 0 for row in rows]
+        took = [row.seconds_median or 0 for row in rows]
         sizes = [row.peak_mb or 0 for row in rows]
-        yield f"  {'':30}last / first: {times[-1] / times[0]:.2f} of time, {sizes[-1] / sizes[0]:.2f} of state"
+        yield f"  {'':30}last / first: {took[-1] / took[0]:.2f} of time, {sizes[-1] / sizes[0]:.2f} of state"
 
 
 def walked(layer: Mixer, contexts: tuple[int, ...]) -> list[tuple[int, list[float], Any]]:
@@ -97,9 +96,7 @@ def _row(name: str, context: int, seconds: list[float], state: Any, settings: Se
         dtype="float32",
         backend="step",
         phase="step",
-        seconds_median=statistics.median(seconds),
-        seconds_min=min(seconds),
         peak_mb=state.nbytes / 2**20,
-        rounds=len(seconds),
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **times(seconds),
+        **circumstances(settings.threads, settings.device),
     )

@@ -13,7 +13,7 @@ from chronotope.bench import cases
 from chronotope.bench.cases import BACKWARD, BOTH, FORWARD, Case
 from chronotope.bench.competitors import Attend, Competitor, absent, sdpa
 from chronotope.bench.referee import paired
-from chronotope.bench.results import Row, circumstances
+from chronotope.bench.results import Row, circumstances, times
 from chronotope.bench.timing import Settings, table
 
 NOTE = (
@@ -96,9 +96,7 @@ def copy(settings: Settings) -> Row:
         dtype="float32",
         backend="copy",
         phase="copy",
-        seconds_median=statistics.median(seconds),
-        seconds_min=min(seconds),
         gb_per_s=2 * source.nbytes / statistics.median(seconds) / 1e9,
-        rounds=len(seconds),
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **times(seconds),
+        **circumstances(settings.threads, settings.device),
     )

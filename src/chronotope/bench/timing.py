@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +13,8 @@ import chronotope as ct
 from chronotope.bench.cases import BACKWARD, BOTH, FORWARD, Case
 from chronotope.bench.check import Inputs, Truth, right
 from chronotope.bench.competitors import BY_HAND, COMPILED, Competitor, competitors, refusal, sdpa
-from chronotope.bench.referee import Lap, Run, paired, ratio
-from chronotope.bench.results import Row, circumstances
+from chronotope.bench.referee import Lap, Run, paired
+from chronotope.bench.results import Row, circumstances, times
 
 AT_ONCE = 0.5  # share of dense that the cases of one batch may compute together
 SECONDS = {False: 4.0, True: 8.0}  # for the rounds of a batch: forward, training
@@ -196,11 +194,7 @@ def _row(
     seconds: list[float] | None = None,
     dense: list[float] | None = None,
 ) -> Row:
-    case, measured = entry.case, dict[str, Any]()
-    if seconds is not None:
-        measured = {"seconds_median": statistics.median(seconds), "seconds_min": min(seconds), "rounds": len(seconds)}
-        if dense is not None:
-            measured |= {"dense_seconds_median": statistics.median(dense), "ratio_to_dense": ratio(dense, seconds)}
+    case = entry.case
     return Row(
         table="",
         row=case.name,
@@ -212,6 +206,6 @@ def _row(
         backend=entry.competitor.name,
         phase=phase,
         error=entry.errors.get(phase),
-        **measured,
-        **circumstances(settings.threads, settings.device),  # type: ignore[arg-type]
+        **times(seconds, dense),
+        **circumstances(settings.threads, settings.device),
     )

@@ -39,5 +39,5 @@ def only_relative(facts: Facts, tiles: Tiling, scores: Scores) -> list[str]:
         return []
     known = {name: x.detach() for name, x in (*scores.bias.named_parameters(), *scores.bias.named_buffers())}
     if scores.bias.relative(known, tiles.q.grid, tiles.k.grid) is None:
-        return [f"{type(scores.bias).__name__} gives no table of relative offsets (Bias.relative)"]
+        return [f"{scores.bias._get_name()} gives no table of relative offsets (Bias.relative)"]
     return []

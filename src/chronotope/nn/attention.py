@@ -98,13 +98,13 @@ class Attention(Mixer):
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None) -> Float[Tensor, "b n c"]:
         """Self-attention of x on the grid; with context, attention of x over the context."""
-        q, k, v, key_grid = self._project(x, grid, context)
+        q, k, v = self.project(x, grid, context)
         out = attention(
             q,
             k,
             v,
             grid=grid,
-            key_grid=key_grid,
+            key_grid=context[1] if isinstance(context, tuple) else grid,
             where=self.where,
             bias=self.bias,
             softcap=self.softcap,
@@ -113,12 +113,25 @@ class Attention(Mixer):
         assert isinstance(out, Tensor)
         return self.out(_joined(out))
 
+    def project(
+        self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None, *, time: int = 0
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk nk d"], Float[Tensor, "b hk nk d"]]:
+        """Queries, keys and values as attention takes them: after norm and position code.
+
+        time: where x, without a context, starts on the first axis.
+        """
+        require_tokens(x, grid, self.dim, "x")
+        if context is None:
+            return self._own(x, grid, time)
+        source, key_grid = context if isinstance(context, tuple) else (context, grid)
+        require_tokens(source, key_grid, self.dim, "context")
+        return self._over(x, grid, source, key_grid)
+
     def qk(
         self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk nk d"]]:
         """Queries and keys as they meet: after norm and position code."""
-        q, k, _, _ = self._project(x, grid, context)
-        return q, k
+        return self.project(x, grid, context)[:2]
 
     def init_state(self, batch: int, grid: Grid) -> AttentionState | Pages:
         """An empty cache, in pages where a route chooses among them.
@@ -144,10 +157,10 @@ class Attention(Mixer):
                 f"the state is for where={state.where!r}, the layer has {self.where!r}: call init_state again."
             )
         if isinstance(state, Pages):
-            q, k, v, _ = self._project(x, state.grid, None, time=state.length)
+            q, k, v = self.project(x, state.grid, time=state.length)
             out, state = decode(q, k, v, state, softcap=self.softcap)
             return self.out(_joined(out)), state
-        q, k, v, _ = self._project(x, state.grid, None, time=state.time)
+        q, k, v = self.project(x, state.grid, time=state.time)
         # Under autocast the new slice may be of a lower precision than the weights, whose dtype an empty cache has.
         k, v = torch.cat((state.k.to(k.dtype), k), 2), torch.cat((state.v.to(v.dtype), v), 2)
         out = attend_slice(q, k, v, state.time, state.grid, state.where, self.bias, self.softcap)
@@ -160,20 +173,9 @@ class Attention(Mixer):
 
     def _pages(self, batch: int, grid: Grid, where: Pattern) -> Pages:
         if self.bias is not None:
-            raise ChronotopeError(f"{where!r} with {self.bias!r} cannot be stepped: no bias joins what a route chose.")
+            raise ChronotopeError(f"{where!r} with {self.bias!r} cannot be stepped: pages of keys take no bias.")
         sizes = {"batch": batch, "heads": self.heads, "kv_heads": self.kv_heads, "size": self.head_dim}
         return pages(where, grid, **sizes, dtype=self.qkv.weight.dtype, device=self.qkv.weight.device)
-
-    def _project(
-        self, x: Tensor, grid: Grid, context: Context | None, time: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor, Grid]:
-        """q [B, H, N, D], k and v [B, Hk, Nk, D], and the grid of the keys."""
-        require_tokens(x, grid, self.dim, "x")
-        if context is None:
-            return *self._own(x, grid, time), grid
-        source, key_grid = context if isinstance(context, tuple) else (context, grid)
-        require_tokens(source, key_grid, self.dim, "context")
-        return *self._over(x, grid, source, key_grid), key_grid
 
     def _own(self, x: Tensor, grid: Grid, time: int) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)

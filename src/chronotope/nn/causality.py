@@ -46,17 +46,18 @@ def require_streamable(where: Pattern, grid: Grid) -> None:
 
 def _looks_ahead(pattern: Pattern, grid: Grid) -> tuple[int, int] | None:
     """A pair (query slice, later key slice) of which something is visible, or None."""
-    far = grid.replace(**{grid.axes[0]: FAR})
-    start = torch.tensor(STARTS)
-    some, _ = pattern.over(_slices(far, start, start), _slices(far, start + 1, torch.full_like(start, FAR - 1)))
+    axis, start = grid.axes[0], torch.tensor(STARTS)
+    far = grid.replace(**{axis: FAR})
+    later = Boxes.slices(far, axis, start + 1, torch.full_like(start, FAR - 1))
+    some, _ = pattern.over(Boxes.slices(far, axis, start, start), later)
     open_ = start[some].tolist()
     if not open_:
         return None
     for time in {open_[0], open_[len(open_) // 2], open_[-1]}:
         for place in _sample(grid.size, 4).tolist():
-            later = _seen_after(pattern, far, time, place)
-            if later is not None:
-                return time, later
+            seen = _seen_after(pattern, far, time, place)
+            if seen is not None:
+                return time, seen
     return (0, 1) if grid.size**2 <= PAIRS and bool(_mask(pattern, far, [0], [1], grid.size).any()) else None
 
 
@@ -67,7 +68,7 @@ def _seen_after(pattern: Pattern, far: Grid, time: int, place: int) -> int | Non
     q = Coords.of(far, token)
     later = torch.arange(time + 1, far.shape[0])
     one = {axis: value.expand(len(later)) for axis, value in q.axes.items()}
-    later = later[pattern.over(Boxes(far, one, one), _slices(far, later, later))[0]]
+    later = later[pattern.over(Boxes(far, one, one), Boxes.slices(far, far.axes[0], later, later))[0]]
     later = later[_sample(len(later), max(1, PAIRS // 16 // size))]
     seen = pattern.sees(q.view(1, 1), Coords.of(far, later[:, None] * size + torch.arange(size))).any(1)
     return int(later[seen][0]) if bool(seen.any()) else None
@@ -78,13 +79,6 @@ def _sample(count: int, n: int) -> Tensor:
     if count <= n:
         return torch.arange(count)
     return torch.unique(torch.cat((torch.arange((n + 1) // 2), torch.linspace(0, count - 1, n // 2).long())))
-
-
-def _slices(grid: Grid, first: Tensor, last: Tensor) -> Boxes:
-    """Boxes of whole slices, from `first` to `last`, both inclusive."""
-    lo = {name: torch.zeros_like(first) for name in grid.axes}
-    hi = {name: torch.full_like(first, size - 1) for name, size in grid.sizes.items()}
-    return Boxes(grid, {**lo, grid.axes[0]: first}, {**hi, grid.axes[0]: last})
 
 
 def _mask(

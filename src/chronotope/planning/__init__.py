@@ -4,7 +4,7 @@ from chronotope.planning.chosen import Chosen
 from chronotope.planning.groups import Group
 from chronotope.planning.layout import Layout, Order
 from chronotope.planning.parse import parse_pattern
-from chronotope.planning.planner import Part, Plan, plan
+from chronotope.planning.planner import Part, Plan, heads_alike, plan
 from chronotope.planning.resolve import resolve
 from chronotope.planning.sight import Pool, Sight
 from chronotope.planning.store import load_plan
@@ -22,6 +22,7 @@ __all__ = [
     "Sight",
     "Tiles",
     "Tiling",
+    "heads_alike",
     "load_plan",
     "parse_pattern",
     "plan",

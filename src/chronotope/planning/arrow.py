@@ -50,11 +50,6 @@ def _looks_back(pattern: Pattern, grid: Grid, key_grid: Grid, axis: str) -> bool
     slices, later = slices[later < length], later[later < length]
     if not len(slices):  # nothing is later than any query, so nothing is looked back at either
         return False
-    q = _slices(grid, axis, slices, slices)
-    return not bool(pattern.over(q, _slices(key_grid, axis, later, torch.full_like(later, length - 1)))[0].any())
-
-
-def _slices(grid: Grid, axis: str, first: torch.Tensor, last: torch.Tensor) -> Boxes:
-    lo = {name: torch.zeros_like(first) for name in grid.axes}
-    hi = {name: torch.full_like(first, size - 1) for name, size in grid.sizes.items()}
-    return Boxes(grid, {**lo, axis: first}, {**hi, axis: last})
+    q = Boxes.slices(grid, axis, slices, slices)
+    k = Boxes.slices(key_grid, axis, later, torch.full_like(later, length - 1))
+    return not bool(pattern.over(q, k)[0].any())

@@ -75,9 +75,7 @@ class Chosen(Tiling):
         return self.found.rows[self.member], self.found.cols[self.member]
 
     def mask_of(self, kinds: Int64[Tensor, "n"]) -> Bool[Tensor, "n q_tokens k_tokens"]:
-        return self._masks(self.pair[self.member[kinds]])
-
-    def _masks(self, pairs: Int64[Tensor, "n"]) -> Bool[Tensor, "n q_tokens k_tokens"]:
+        pairs = self.pair[self.member[kinds]]
         _, row, col = self._apart(pairs)
         (x, real_x), (y, real_y) = self.layouts[0].boxes(row).tokens(), self.layouts[1].boxes(col).tokens()
         n, width, depth = *real_x.shape, real_y.shape[1]
@@ -89,7 +87,7 @@ class Chosen(Tiling):
     def sighted(self) -> tuple[Bool[Tensor, "n_query"], Bool[Tensor, "n_key"]]:
         """Queries that may see something of what was chosen, and keys that may be seen: more than do, at worst."""
         if self.live is None:
-            return Tiling.sighted.func(self)  # type: ignore[attr-defined, no-any-return]
+            return super().sighted
         without = _without(self.where, self.layouts, self.choices).sighted
         both = []
         for side in (0, 1):

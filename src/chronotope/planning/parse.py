@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from chronotope import patterns
@@ -58,6 +58,16 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ChronotopeError:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(known))}."
     return ChronotopeError(f"unknown {kind} {name!r}: {hint}")
+
+
+def named(kind: str, names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
+    """The names asked for; None or none: all that are known. Raises ChronotopeError on one that is not."""
+    known = list(known)
+    names = list(names or known)
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return names
 
 
 def _read(node: ast.expr, text: str) -> Any:

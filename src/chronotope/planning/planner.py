@@ -162,15 +162,22 @@ def _shape(tile: Mapping[str, int] | None, grid: Grid) -> tuple[int, ...] | None
 
 @lru_cache(maxsize=64)
 def _plan(where: Pattern, grid: Grid, key_grid: Grid, heads: int, tile: tuple[int, ...] | None, costs: Costs) -> Plan:
-    by_pattern: dict[Pattern, list[int]] = {}
+    alike = heads_alike(where, heads).items()
+    return Plan(
+        where, grid, key_grid, heads, tuple(_part(pattern, own, grid, key_grid, tile, costs) for pattern, own in alike)
+    )
+
+
+def heads_alike(where: Pattern, heads: int) -> dict[Pattern, tuple[int, ...]]:
+    """The heads of each distinct pattern of one head."""
+    found: dict[Pattern, list[int]] = {}
     for head in range(heads):
-        by_pattern.setdefault(where.head(head), []).append(head)
-    parts = tuple(_part(pattern, members, grid, key_grid, tile, costs) for pattern, members in by_pattern.items())
-    return Plan(where, grid, key_grid, heads, parts)
+        found.setdefault(where.head(head), []).append(head)
+    return {pattern: tuple(own) for pattern, own in found.items()}
 
 
 def _part(
-    pattern: Pattern, heads: list[int], grid: Grid, key_grid: Grid, tile: tuple[int, ...] | None, costs: Costs
+    pattern: Pattern, heads: tuple[int, ...], grid: Grid, key_grid: Grid, tile: tuple[int, ...] | None, costs: Costs
 ) -> Part:
     if tile is None:
         choices = tuple(choose(pattern, grid, key_grid, costs))
@@ -179,7 +186,7 @@ def _part(
         choices, q_tile, k_tile = (), tile, key_tile(grid, key_grid, tile)
     tiles = Tiles(pattern, Layout(grid, q_tile), Layout(key_grid, k_tile))
     _ = tiles.found
-    return Part(tuple(heads), tiles, choices, costs)
+    return Part(heads, tiles, choices, costs)
 
 
 def _visible(tiles: Tiles) -> int:

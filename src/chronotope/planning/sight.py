@@ -174,6 +174,11 @@ class Sight:
         return order.over(q.boxes(rows[which]), _points(coords))[1].view(real.shape)
 
     @cached_property
+    def _last(self) -> Float[Tensor, "nk"]:
+        """Scores of blocks of which nothing is known: the first of them before the others."""
+        return LOWEST * (1 + 1e-6 * torch.arange(self.counts[1], dtype=torch.float64))
+
+    @cached_property
     def live(self) -> tuple[Bool[Tensor, "n_query"], Bool[Tensor, "n_key"]]:
         """Queries that may see something, and keys that may be seen: no other may influence a choice."""
         return self._live(self.q, queries=True), self._live(self.k, queries=False)
@@ -189,14 +194,14 @@ class Sight:
         return torch.cat([torch.ones(layout.grid.prefix, dtype=torch.bool), some])
 
     def spread(self, scores: Float[Tensor, "b h rows sets"], rows: slice) -> Float[Tensor, "b h rows nk"]:
-        """Scores of sets of keys as scores of blocks: -inf where nothing is visible, LOWEST where nothing is known."""
+        """Scores of sets as scores of blocks: -inf where nothing is visible, LOWEST or less where nothing is known."""
         scores = scores.nan_to_num(LOWEST, torch.inf, LOWEST).clamp_(min=LOWEST)
         if self._part is not None:
             column = self._part[1][rows].long().to(scores.device)
             found = scores.gather(3, column.clamp(min=0).expand(*scores.shape[:3], -1))
-            scores = found.masked_fill_(column == UNKNOWN, LOWEST)
+            scores = torch.where(column == UNKNOWN, self._last.to(found), found)
         elif self.arrow is not None:
-            scores.masked_fill_(self._blank[rows].to(scores.device), LOWEST)
+            scores = torch.where(self._blank[rows].to(scores.device), self._last.to(scores), scores)
         return scores.masked_fill_(~self.visible[rows].to(scores.device), -torch.inf)
 
     def pairs(self, chosen: Bool[Tensor, "b h rows nk"], first: int = 0) -> Int64[Tensor, "pairs"]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from chronotope.report.plot import plotly
+from chronotope.report.plot import plotly, write_figures
 from chronotope.tasks.fidelity import LIMIT, STATIC, Kept
 
 DASH = {STATIC: "dash", LIMIT: "dot"}
@@ -30,13 +31,14 @@ def fidelity_tables(rows: list[Kept]) -> list[Table]:
 
 def write_fidelity(rows: list[Kept], folder: Path) -> Path:
     """fidelity.json, and fidelity.html: mass and error against density, a line for each route."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fidelity.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
-    drawn = plotly()
-    parts: list[str] = []
+    return write_figures("fidelity", [asdict(row) for row in rows], _figures(rows), folder)
+
+
+def _figures(rows: list[Kept]) -> Iterator[Any]:
+    go = plotly().graph_objects
     for model in dict.fromkeys(row.model for row in rows):
         for column, title in (("mass", "share of dense attention kept"), ("error", "relative error of the output")):
-            figure = drawn.graph_objects.Figure()
+            figure = go.Figure()
             for name in dict.fromkeys(row.name for row in rows if row.model == model):
                 own = [row for row in rows if (row.model, row.name) == (model, name)]
                 own.sort(key=lambda row: row.density)
@@ -51,8 +53,4 @@ def write_fidelity(rows: list[Kept], folder: Path) -> Path:
                 title=f"{model}: {title}", xaxis={"title": "share of the pairs of dense", "type": "log"},
                 yaxis={"title": title}, template="plotly_white",
             )  # fmt: skip
-            first = not parts
-            parts.append(drawn.offline.plot(figure, output_type="div", include_plotlyjs=first, auto_open=False))
-    path = folder / "fidelity.html"
-    path.write_text("\n".join(parts))
-    return path
+            yield figure

@@ -1,22 +1,25 @@
 """Needles found under each route, at each depth of the haystack."""
 
-import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from chronotope.report.plot import plotly
+from chronotope.report.plot import plotly, write_figures
 from chronotope.tasks.needle import Found, Needles
 
 
 def write_needle(found: list[Found], task: Needles, folder: Path) -> Path:
     """needle.json, and the picture needle.html: share of questions answered, by route and depth of the needle."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(one) for one in found]
-    (folder / "needle.json").write_text(json.dumps({"task": asdict(task), "rows": rows}, indent=2))
-    drawn = plotly()
+    facts = {"task": asdict(task), "rows": [asdict(one) for one in found]}
+    return write_figures("needle", facts, _figures(found, task), folder)
+
+
+def _figures(found: list[Found], task: Needles) -> Iterator[Any]:
+    go = plotly().graph_objects
     depths = len(found[0].depths) if found else 0
-    figure = drawn.graph_objects.Figure(
-        drawn.graph_objects.Heatmap(
+    figure = go.Figure(
+        go.Heatmap(
             x=[f"{100 * at // depths} to {100 * (at + 1) // depths} %" for at in range(depths)],
             y=[f"{one.name} ({one.found:.0%})" for one in found],
             z=[one.depths for one in found],
@@ -34,6 +37,4 @@ def write_needle(found: list[Found], task: Needles, folder: Path) -> Path:
         height=120 + 36 * len(found),
         template="plotly_white",
     )
-    path = folder / "needle.html"
-    path.write_text(drawn.offline.plot(figure, output_type="div", include_plotlyjs=True, auto_open=False))
-    return path
+    yield figure

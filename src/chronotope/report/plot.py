@@ -1,6 +1,9 @@
 """Speed against error: one point per pattern, the bound of its tiles beside it, the error budget as a line."""
 
+import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from chronotope.errors import ChronotopeError
@@ -22,6 +25,19 @@ def plotly() -> Any:
             "write_report draws with plotly, which is not installed: pip install chronotope[report]"
         ) from error
     return plotly
+
+
+def write_figures(name: str, facts: Any, figures: Iterable[Any], folder: Path) -> Path:
+    """name.json with the facts, and then, as drawing them may fail, name.html with the figures; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=2))
+    parts = (
+        plotly().offline.plot(figure, output_type="div", include_plotlyjs=not number, auto_open=False)
+        for number, figure in enumerate(figures)
+    )
+    path = folder / f"{name}.html"
+    path.write_text("\n".join(parts))
+    return path
 
 
 def excess(results: dict[str, Any], row: dict[str, Any]) -> float | None:

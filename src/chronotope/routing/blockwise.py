@@ -57,8 +57,20 @@ class Cut:
         return ", ".join(own if self.queries is None else [*own, f"queries={dict(self.queries)!r}"])
 
 
+class Cutting(Route):
+    """A route whose blocks are those of its `cut`."""
+
+    cut: Cut
+
+    def blocks(self, grid: Grid, key_grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.cut.tiles(grid, key_grid)
+
+    def check(self, grid: Grid, key_grid: Grid) -> None:
+        self.cut.check(grid, key_grid)
+
+
 @dataclass(frozen=True, repr=False)
-class Blockwise(Route):
+class Blockwise(Cutting):
     """Each query block keeps the key blocks that `selection` finds best by `score` of their summaries.
 
     q [B, H, Nq, D] and k [B, Hk, Nk, D] are summarised by block; heads that share keys choose each for itself.
@@ -68,12 +80,6 @@ class Blockwise(Route):
     selection: Selection
     summary: Summary = field(default_factory=Mean)
     score: Score = field(default_factory=Dot)
-
-    def blocks(self, grid: Grid, key_grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.cut.tiles(grid, key_grid)
-
-    def check(self, grid: Grid, key_grid: Grid) -> None:
-        self.cut.check(grid, key_grid)
 
     def choose(
         self, q: Float[Tensor, "b h nq d"], k: Float[Tensor, "b hk nk d"], sight: Sight

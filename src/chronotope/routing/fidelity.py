@@ -16,6 +16,7 @@ from chronotope.errors import ChronotopeError
 from chronotope.grid import Coords, Grid
 from chronotope.patterns import Pattern, full
 from chronotope.patterns.order import Constant
+from chronotope.planning import heads_alike
 from chronotope.routed import chosen, of_heads
 
 SCORES_AT_ONCE = 1 << 24
@@ -115,11 +116,8 @@ def _rows(
         return
     step = max(1, SCORES_AT_ONCE // (batch * heads * key_grid.size))
     keys = Coords.of(key_grid, torch.arange(key_grid.size)).view(1, -1)
-    alike: dict[Pattern, list[int]] = {}
-    for head in range(heads):
-        alike.setdefault(where.head(head), []).append(head)
-    for pattern, some in alike.items():
+    for pattern, own in heads_alike(where, heads).items():
         for start in range(0, grid.size, step):
             tokens = torch.arange(start, min(grid.size, start + step))
             seen = pattern.sees(Coords.of(grid, tokens).view(-1, 1), keys).expand(len(tokens), key_grid.size)
-            yield tuple(some), tokens, seen.expand(batch, len(some), *seen.shape)
+            yield own, tokens, seen.expand(batch, len(own), *seen.shape)

@@ -10,26 +10,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from chronotope.errors import ChronotopeError
-from chronotope.grid import Grid
 from chronotope.patterns import Route
 from chronotope.planning import Sight
-from chronotope.routing.blockwise import Cut
+from chronotope.routing.blockwise import Cut, Cutting
 
 Chooser = Callable[[Tensor, Tensor, Sight], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
-class By(Route):
+class By(Cutting):
     """What `by` returns."""
 
     cut: Cut
     function: Chooser
-
-    def blocks(self, grid: Grid, key_grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.cut.tiles(grid, key_grid)
-
-    def check(self, grid: Grid, key_grid: Grid) -> None:
-        self.cut.check(grid, key_grid)
 
     def choose(
         self, q: Float[Tensor, "b h nq d"], k: Float[Tensor, "b hk nk d"], sight: Sight

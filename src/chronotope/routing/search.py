@@ -16,7 +16,7 @@ from chronotope.grid import Grid
 from chronotope.patterns import Pattern, Route, full
 from chronotope.planning import Pool, Sight
 from chronotope.planning.sight import LOWEST, UNKNOWN, sight
-from chronotope.routing.blockwise import AT_ONCE, Cut
+from chronotope.routing.blockwise import AT_ONCE, Cut, Cutting
 
 SAMPLES = ("middle", "first")
 Positions = Int64[Tensor, "*rows some"]
@@ -58,7 +58,7 @@ def refine(
 
 
 @dataclass(frozen=True, repr=False)
-class TreeSearch(Route):
+class TreeSearch(Cutting):
     """What `tree_search` returns."""
 
     cut: Cut
@@ -68,11 +68,8 @@ class TreeSearch(Route):
     beside: Pattern | None
     ahead: bool
 
-    def blocks(self, grid: Grid, key_grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.cut.tiles(grid, key_grid)
-
     def check(self, grid: Grid, key_grid: Grid) -> None:
-        self.cut.check(grid, key_grid)
+        super().check(grid, key_grid)
         if self.beside is not None:
             self.beside.check(grid, key_grid)
 

@@ -26,16 +26,15 @@ class Selection(ABC):
         """`own`: the blocks in which the queries lie, which are kept before all others."""
 
 
-@dataclass(frozen=True)
 class Keeping(Selection, ABC):
     """What keeps a share of the blocks, or a number of them. `counted`: a number, so that 1 is not taken for 1.0."""
 
-    counted: bool = field(init=False, repr=False)
+    keep: float | int
+    counted: bool
 
     def __post_init__(self) -> None:
-        keep = getattr(self, "keep")  # noqa: B009
-        require_keep(keep)
-        object.__setattr__(self, "counted", isinstance(keep, int))
+        require_keep(self.keep)
+        object.__setattr__(self, "counted", isinstance(self.keep, int))
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class TopK(Keeping):
     """The `keep` best of each query block, its own counted: a share of those it could keep, or a number."""
 
     keep: float | int
+    counted: bool = field(init=False, repr=False)
 
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
         first = own.to(scores.device) & (scores > -torch.inf)
@@ -62,6 +62,7 @@ class Mass(Keeping):
 
     mass: float | int
     keep: float | int = 1.0
+    counted: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +92,7 @@ class Sampled(Keeping):
     keep: float | int
     seed: int = 0
     temperature: float = 1.0
+    counted: bool = field(init=False, repr=False)
 
     def __call__(self, scores: Scores, own: Bool[Tensor, "rows nk"]) -> Kept:
         drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(self.seed)).to(scores)

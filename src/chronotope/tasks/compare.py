@@ -132,7 +132,7 @@ def _rows(
     cones = settings.grid.size <= LARGEST_CONES
     if not cones:
         console.print(f"the report has no light cones: {settings.grid.size:,} tokens are more than {LARGEST_CONES:,}")
-    dense = measure.queries_and_keys(trained.model, clips.valid[:MASS_CLIPS])
+    dense = measure.qkv(trained.model, clips.valid[:MASS_CLIPS, :-1])
     pictures: dict[str, Any] = {
         "true": _bytes(shown),
         "predicted": {},
@@ -173,15 +173,15 @@ def _learned(
     own.swap(list(entry.patterns))
     before = measure.error(own, clips.valid)
     tune(own, clips, recipe, steps)
-    q, k = measure.queries_and_keys(own, shown[:1])[layer]
+    found = measure.qkv(own, shown[:1, :-1])[layer]
     coming = torch.from_numpy(_bytes(measure.predictions(own, shown)))
     out = {
         "error": before,
         "tuned": measure.error(own, clips.valid),
         # The first frame is given, not predicted.
         "predicted": torch.cat([torch.from_numpy(_bytes(shown[:, :1])), coming], 1),
-        "q": q[0].half(),
-        "k": k[0].half(),
+        "q": found.q[0].half(),
+        "k": found.k[0].half(),
     }
     part = path.with_suffix(".part")
     torch.save(out, part)
@@ -189,14 +189,14 @@ def _learned(
     return out
 
 
-def _row(entry: Entry, recipe: Recipe, learned: dict[str, Any], dense: list[Any], layer: int) -> dict[str, Any]:
+def _row(entry: Entry, recipe: Recipe, learned: dict[str, Any], dense: list[measure.QKV], layer: int) -> dict[str, Any]:
     """The numbers of a row: shares and times are means over the layers, memory is the most; q and k are dense."""
     grid, patterns = recipe.grid, entry.layers(recipe.layers)
     full = chronotope.full() & chronotope.causal("t")
-    masses = [measure.mass(q, k, grid, where, full) for (q, k), where in zip(dense, patterns, strict=True)]
+    masses = [measure.mass(own.q, own.k, grid, where, full) for own, where in zip(dense, patterns, strict=True)]
     planned = measure.plans(patterns, grid, recipe.heads)
     baseline = chronotope.plan(full, grid, heads=recipe.heads)
-    q, k = (x[:1] for x in dense[layer])
+    q, k = dense[layer].q[:1], dense[layer].k[:1]
     costs = {where: measure.timing(q, k, one, baseline) for where, (one, _) in planned.items()}
     memory = {where: measure.peak_mb(q, k, one) for where, (one, _) in planned.items()}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import chronotope as ct
 from chronotope.papers.pattern.radial import radial
@@ -21,21 +21,13 @@ from chronotope.planning import Layout, Sight
 from chronotope.planning.sight import sight
 from chronotope.tasks import language
 from chronotope.tasks.clips import load
+from chronotope.tasks.measure import QKV, qkv
 from chronotope.tasks.training import Recipe, train
 
 VIDEO, TEXT = ct.Grid(t=8, h=12, w=12), ct.Grid(n=1024)
 KEEP = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 CHANNELS, TEACHING_STEPS = 16, 300
 STATIC, ROUTE, LIMIT = "static", "route", "limit"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What one layer of a trained model attends with."""
-
-    q: Float[Tensor, "b h n d"]
-    k: Float[Tensor, "b h n d"]
-    v: Float[Tensor, "b h n d"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +41,8 @@ class Sample:
     grid: ct.Grid
     block: dict[str, int]
     dense: ct.Pattern
-    layers: list[Layer]
-    seen: list[Layer]
+    layers: list[QKV]
+    seen: list[QKV]
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ def video(path: Path | None, minutes: float, folder: Path, console: Console) -> 
     """The predictor of `chronotope compare`, trained on a video; None: digits that move."""
     clips = load(path, VIDEO, patch=4, channels=1, seed=0)
     model = train(Recipe(VIDEO, minutes=minutes), clips, folder, console).model
-    layers = [layers_of(model, x[:, :-1]) for x in (clips.valid[:1], clips.train[:2])]
+    layers = [qkv(model, x[:, :-1]) for x in (clips.valid[:1], clips.train[:2])]
     return Sample(f"predictor on {clips.name}", VIDEO, {"t": 1, "h": 4, "w": 4}, ct.causal("t"), *layers)
 
 
@@ -83,28 +75,9 @@ def text(path: Path | None, steps: int, console: Console) -> Sample:
     bits = float(model.loss(held_out[: 8 * (n + 1)].long().view(8, -1)).detach()) / math.log(2)
     console.print(f"the language model: {bits:.2f} bits for each byte that it has not seen")
     batches = [held_out[None, :n].long(), learned[: 2 * n].long().view(2, n)]
-    layers = [layers_of(model, x) for x in batches]
+    layers = [qkv(model, x) for x in batches]
     name = f"language model on {'Python' if path is None else path.name}"
     return Sample(name, TEXT, {"n": 16}, ct.causal(), *layers)
-
-
-@torch.no_grad()
-def layers_of(model: nn.Module, x: Tensor) -> list[Layer]:
-    """q, k and v of every attention layer in one forward pass."""
-    found: list[Layer] = []
-
-    def keep(layer: Any, given: tuple[Any, ...]) -> None:
-        q, k, v, _ = layer._project(given[0], given[1], None)
-        found.append(Layer(q, k, v))
-
-    layers = [module for module in model.modules() if isinstance(module, ct.nn.Attention)]
-    handles = [layer.register_forward_pre_hook(keep) for layer in layers]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def compare(sample: Sample, console: Console) -> list[Kept]:
@@ -210,7 +183,7 @@ def shares(q: Tensor, k: Tensor, sight: Sight, sample: Sample) -> Float[Tensor, 
     return rows.T / rows.sum(0)[:, None] @ weights @ cols
 
 
-def teach(layer: Layer, sample: Sample) -> ct.route.Bilinear:
+def teach(layer: QKV, sample: Sample) -> ct.route.Bilinear:
     """A score that has learned, from a layer on what its model was trained on, the share that each block gets."""
     heads, size = layer.q.shape[1], layer.q.shape[3]
     tile = ct.route.Cut.of("fidelity", sample.block).tiles(sample.grid, sample.grid)

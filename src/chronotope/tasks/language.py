@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from chronotope.errors import ChronotopeError
 from chronotope.models import Language
-from chronotope.tasks.training import adam, quiet
+from chronotope.tasks.training import adam, fit, one_cycle
 
 HELD_OUT = 0.1
 """Share of a text, its end, that is not trained on."""
@@ -74,9 +74,7 @@ class Training(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, its rate rising for a tenth of the steps and falling to 0."""
-        optimizer = adam(self.model, self.rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(adam(self.model, self.rate), self.rate, self.steps)
 
 
 def learn(
@@ -86,16 +84,6 @@ def learn(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Language()
-    with quiet():
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            gradient_clip_val=1.0,
-        )
-        trainer.fit(Training(model, steps, rate), DataLoader(Windows(text, length, seed), batch_size=batch))
+    batches = DataLoader(Windows(text, length, seed), batch_size=batch)
+    fit(Training(model, steps, rate), batches, max_steps=steps)
     return model.eval()

@@ -6,12 +6,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from chronotope.attention import attention
 from chronotope.grid import Grid
@@ -48,22 +49,25 @@ def error(model: Predictor, clips: Float[Tensor, "n frames c height width"]) -> 
     return float((predictions(model, clips) - clips[:, 1:]).square().mean())
 
 
+@dataclass(frozen=True)
+class QKV:
+    """What an attention layer attends with, as `ct.nn.Attention.project` gives it."""
+
+    q: Float[Tensor, "b h n d"]
+    k: Float[Tensor, "b hk nk d"]
+    v: Float[Tensor, "b hk nk d"]
+
+
 @torch.no_grad()
-def queries_and_keys(
-    model: Predictor, clips: Float[Tensor, "n frames c height width"]
-) -> list[tuple[Float[Tensor, "n h tokens d"], Float[Tensor, "n hk tokens d"]]]:
-    """Per layer q and k as they meet, after the position code, on the first frames of the clips."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def keep(layer: Attention, given: tuple[Any, ...]) -> None:
-        found.append(layer.qk(given[0], given[1]))
-
-    handles = [layer.register_forward_pre_hook(keep) for layer in model.attentions()]
-    try:
-        model(clips[:, :-1])
-    finally:
-        for handle in handles:
-            handle.remove()
+def qkv(model: nn.Module, x: Tensor) -> list[QKV]:
+    """q, k and v of every attention layer, in the order in which a forward pass of x comes to them."""
+    found: list[QKV] = []
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, Attention):
+                hook = layer.register_forward_pre_hook(lambda own, given: found.append(QKV(*own.project(*given))))
+                hooks.enter_context(hook)
+        model(x)
     return found
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -24,9 +23,10 @@ from chronotope.errors import ChronotopeError
 from chronotope.nn import Attention
 from chronotope.patterns import Pattern
 from chronotope.planning import Sight
-from chronotope.planning.parse import unknown_name
+from chronotope.planning.parse import named
+from chronotope.tasks.measure import qkv
 from chronotope.tasks.recall import IGNORED, Model, Recall, Training
-from chronotope.tasks.training import quiet
+from chronotope.tasks.training import fit
 
 DENSE = "dense"
 AT_ONCE = 1 << 24  # scores held at once
@@ -126,12 +126,7 @@ def learn(task: Needles) -> Model:
     """A model trained with dense attention."""
     torch.manual_seed(task.seed)
     model = model_of(task, ct.causal())
-    with quiet():
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_steps=task.steps, logger=False, enable_checkpointing=False,
-            enable_model_summary=False, enable_progress_bar=False, gradient_clip_val=1.0,
-        )  # fmt: skip
-        trainer.fit(Training(task.recipe, model), DataLoader(Haystacks(task), batch_size=None))
+    fit(Training(task.recipe, model), DataLoader(Haystacks(task), batch_size=None), max_steps=task.steps)
     return model.eval()
 
 
@@ -249,20 +244,13 @@ class Layer:
 @torch.inference_mode()
 def finding(task: Needles, model: Model, tokens: Int64[Tensor, "1 n"], places: Int64[Tensor, "1 questions"]) -> Layer:
     """The layer whose dense attention gives most to the needles asked for."""
-    inputs: list[tuple[Attention, Tensor]] = []
-    layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
-    hooks = [layer.register_forward_pre_hook(lambda own, given: inputs.append((own, given[0]))) for layer in layers]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
-    grid, count = ct.Grid(n=tokens.shape[1]), places.shape[1]
-    future = torch.arange(grid.size) > torch.arange(grid.size - count, grid.size)[:, None]
+    length, count = tokens.shape[1], places.shape[1]
+    future = torch.arange(length) > torch.arange(length - count, length)[:, None]
     value = (places + 1)[:, None, :, None].expand(1, task.heads, count, 1)
     out = []
-    for layer, x in inputs:
-        q, k = layer.qk(x, grid)
-        logits = q[:, :, -count:] @ k.transpose(-1, -2) / q.shape[3] ** 0.5
-        out.append(Layer(q, k, logits.masked_fill(future, -torch.inf).softmax(-1), value))
+    for own in qkv(model, tokens):
+        logits = own.q[:, :, -count:] @ own.k.transpose(-1, -2) / own.q.shape[3] ** 0.5
+        out.append(Layer(own.q, own.k, logits.masked_fill(future, -torch.inf).softmax(-1), value))
     return max(out, key=lambda layer: float(layer.weights.gather(3, value).mean()))
 
 
@@ -283,13 +271,11 @@ def compare(task: Needles, names: Sequence[str] | None = None, tell: Callable[[s
     Raises ChronotopeError on a name that is not there.
     """
     wheres = menu(task)
-    for name in names or ():
-        if name not in wheres:
-            raise unknown_name("route", name, list(wheres))
+    names = named("route", names, wheres)
     start = time.perf_counter()
     model = learn(task)
     tell(f"trained with dense attention, {time.perf_counter() - start:.0f} s")
-    return ask(task, model, {name: wheres[name] for name in names or wheres}, tell)
+    return ask(task, model, {name: wheres[name] for name in names}, tell)
 
 
 def ask(task: Needles, model: Model, wheres: dict[str, Pattern], tell: Callable[[str], None] = print) -> list[Found]:

@@ -25,8 +25,8 @@ from chronotope.grid import Grid
 from chronotope.memories import Learner, Matrix, Memory, Mlp, Normalized
 from chronotope.nn import Attention, Block, Decay, DeepMemory, Mamba2, Mixer, Recurrence, ShortConv, Stack
 from chronotope.patterns import Pattern
-from chronotope.planning.parse import unknown_name
-from chronotope.tasks.training import quiet
+from chronotope.planning.parse import named
+from chronotope.tasks.training import fit, one_cycle
 
 IGNORED = -100
 POWER = 0.01
@@ -128,20 +128,14 @@ class Training(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         adam = torch.optim.AdamW(self.parameters(), lr=self.task.rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(adam, self.task.rate, self.task.steps, pct_start=0.1)
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(adam, self.task.rate, self.task.steps)
 
 
 def learn(task: Recall, makes: Makes) -> Model:
     """A trained model."""
     torch.manual_seed(task.seed)
     model = Model(task, makes)
-    with quiet():
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_steps=task.steps, logger=False, enable_checkpointing=False,
-            enable_model_summary=False, enable_progress_bar=False, gradient_clip_val=1.0,
-        )  # fmt: skip
-        trainer.fit(Training(task, model), DataLoader(Sequences(task), batch_size=None))
+    fit(Training(task, model), DataLoader(Sequences(task), batch_size=None), max_steps=task.steps)
     return model.eval()
 
 
@@ -206,12 +200,9 @@ class Found:
 def compare(task: Recall, names: Sequence[str] | None = None, tell: Callable[[str], None] = print) -> list[Found]:
     """Trains and tests the mixers of the menu, or those named. Raises ChronotopeError on a name that is not there."""
     makes = menu(task)
-    for name in names or ():
-        if name not in makes:
-            raise unknown_name("mixer", name, list(makes))
-    out = []
+    names, out = named("mixer", names, makes), []
     tell(f"{'':32}{'state':>10}  " + "".join(f"{pairs:>4} pairs" for pairs in task.pairs))
-    for name in names or makes:
+    for name in names:
         start = time.perf_counter()
         model = learn(task, makes[name])
         correct = {pairs: accuracy(task, model, pairs) for pairs in task.pairs}

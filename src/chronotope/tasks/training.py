@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
@@ -91,26 +91,15 @@ def train(recipe: Recipe, clips: Clips, folder: Path, console: Console) -> Train
             module.load_state_dict(saved["state_dict"])
             return Trained(module.model.eval(), clock.done, True)
         console.print(f"an interrupted training is there: going on from step {clock.done}")
-    with quiet():
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            limit_val_batches=0,
-            gradient_clip_val=CLIP_NORM,
-            callbacks=[clock, Bar(clock, console)],
-            default_root_dir=folder,
-        )
-        trainer.fit(
-            module,
-            datamodule=ClipModule(clips, recipe.batch, recipe.seed),
-            ckpt_path=str(path) if path.exists() else None,
-            weights_only=True,
-        )
+    fit(
+        module,
+        ClipModule(clips, recipe.batch, recipe.seed),
+        path if path.exists() else None,
+        max_epochs=-1,
+        limit_val_batches=0,
+        callbacks=[clock, Bar(clock, console)],
+        default_root_dir=folder,
+    )
     return Trained(module.model.eval(), clock.done, False)
 
 
@@ -121,7 +110,7 @@ def tune(model: Predictor, clips: Clips, recipe: Recipe, steps: int) -> None:
     # Another stream of batches than that of the training: its first ones are already learned.
     batches = Batches(clips.train, recipe.batch, recipe.seed + 1)
     for step, batch in enumerate(islice(iter(batches), steps)):
-        _set_rate(optimizer, TUNING_RATE * recipe.rate * min(1, (step + 1) / 4) * (1 - step / steps))
+        set_rate(optimizer, TUNING_RATE * recipe.rate * min(1, (step + 1) / 4) * (1 - step / steps))
         optimizer.zero_grad()
         model.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -132,6 +121,12 @@ def tune(model: Predictor, clips: Clips, recipe: Recipe, steps: int) -> None:
 def adam(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
     """AdamW as transformers are trained with it."""
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> Any:
+    """For Lightning: a rate that rises for a tenth of the steps and falls to 0."""
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class DenseTraining(lightning.LightningModule):
@@ -190,7 +185,7 @@ class Clock(lightning.Callback):
         """Sets the rate of this step."""
         over = min(1.0, self.fraction())
         rise = min(1.0, (over + 1e-3) / WARMUP)
-        _set_rate(trainer.optimizers[0], self.recipe.rate * rise * (1 + math.cos(math.pi * over)) / 2)
+        set_rate(trainer.optimizers[0], self.recipe.rate * rise * (1 + math.cos(math.pi * over)) / 2)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, index: int
@@ -216,10 +211,22 @@ class Clock(lightning.Callback):
         os.replace(part, self.path)
 
 
+@runtime_checkable
+class Counts(Protocol):
+    """What a bar shows: steps, the loss of the last one, the share of the training that is over."""
+
+    done: int
+    loss: float
+
+    def fraction(self) -> float:
+        """The share."""
+        ...
+
+
 class Bar(lightning.Callback):
     """A progress bar: the share of the training that is over, the step and the loss."""
 
-    def __init__(self, clock: Clock, console: Console):
+    def __init__(self, clock: Counts, console: Console):
         columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
         self.clock, self.progress = clock, Progress(*columns, console=console)
         self.task = self.progress.add_task("training", total=1.0, told="")
@@ -258,13 +265,38 @@ def check(recipe: Recipe) -> None:
         raise ChronotopeError(f"steps={recipe.steps}: expected 1 or more steps to train.")
 
 
-def _set_rate(optimizer: Any, rate: float) -> None:
+def set_rate(optimizer: Any, rate: float) -> None:
+    """The learning rate of every parameter."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
+def fit(
+    module: lightning.LightningModule,
+    data: Any,
+    checkpoint: Path | None = None,
+    *,
+    clip: float | None = CLIP_NORM,
+    devices: int = 1,
+    **more: Any,
+) -> None:
+    """Trains a module through Lightning on the CPU, in silence; `data` and `more` as its Trainer takes them."""
+    with _quiet():
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=devices,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            gradient_clip_val=clip,
+            **more,
+        )
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Lightning's notes on hardware and workers do not concern a training on the CPU from memory; its errors do."""
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     for name in levels:
