@@ -1,0 +1,1 @@
+"""Pages of mechanisms that change how keys are scored, or how much heads count."""
