@@ -134,7 +134,22 @@ def test_places_are_the_identity_sampled_between():
     eye, where = torch.eye(d)[None, None], torch.stack((at[1], at[0]), -1)[None]
     sampled = F.grid_sample(eye, where, mode="bilinear", align_corners=True)[0, 0]
     code = layer.estimate._places(torch.zeros(1, 2, n, d), None, 0)[0, 0]
-    assert (code - sampled).abs().max() < 1e-5
+    assert (code / d - sampled).abs().max() < 1e-5
+    longer = layer_of(causal=False, code=n).estimate._places(torch.zeros(1, 2, n, d), None, 0)[0, 0]
+    assert torch.equal(longer, n * torch.eye(n))
+
+
+@pytest.mark.parametrize("kernel", ["relu", "exp"])
+def test_the_first_map_is_that_of_the_performer_and_a_little_noise(kernel):
+    n = 48
+    layer = layer_of(torch.float64, causal=False, width=n, code=n, kernel=kernel)
+    with torch.no_grad():
+        look = layer.look(3 * tokens(2, n, 32, dtype=torch.float64), ct.Grid(n=n))
+        q, k = (layer.estimate.features(x) for x in (look.q, look.k))
+    performer = (q @ k.mT) / (q @ k.mT).sum(-1, keepdim=True)
+    alike = torch.stack([torch.corrcoef(pair)[0, 1] for pair in torch.stack((performer, look.logits), 3).flatten(0, 2)])
+    print(f"{kernel}: correlation {float(alike.min()):.3f} at least, {float(alike.mean()):.3f} in the mean")
+    assert alike.mean() > 0.9
 
 
 def test_the_mean_value_is_that_of_the_formula():
@@ -192,6 +207,7 @@ def test_the_same_seed_gives_the_same_layer_and_what_is_refused():
         ({"width": 11}, "width=11 is not a multiple of 2"),
         ({"together": "all"}, "together='all'"),
         ({"keep": 0}, "keep=0"),
+        ({"kernel": "elu"}, "kernel='elu': expected one of relu, exp"),
         ({"length": 20}, "token 30 of at most length=20"),
     ):
         with pytest.raises(ct.ChronotopeError, match=message):
