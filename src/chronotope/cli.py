@@ -1,4 +1,4 @@
-"""The command line: `chronotope compare`, `draw`, `papers`, `backends`, `bench`."""
+"""The command line. Commands of learning problems are in `cli_learning`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ try:
 except ImportError:
     sys.exit("chronotope: the command line needs typer and rich: pip install 'chronotope[cli]'")
 
+from chronotope.cli_learning import evaluate, tasks, train
 from chronotope.errors import ChronotopeError
 
 
@@ -350,6 +351,11 @@ def needle(
     torch.set_num_threads(threads)
     task = Needles(length=length, keep=keep, steps=steps, seed=seed)
     print(f"wrote {write_needle(compare(task, only), task, out)}")
+
+
+app.command()(tasks)
+app.command()(train)
+app.command("eval")(evaluate)
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

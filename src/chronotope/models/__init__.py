@@ -1,6 +1,11 @@
 """Models built from the layers of `chronotope.nn`."""
 
+from chronotope.models.classifier import Classifier
+from chronotope.models.clip_classifier import ClipClassifier
+from chronotope.models.forecaster import Forecaster
 from chronotope.models.language import Language
+from chronotope.models.motion import Motion
 from chronotope.models.predictor import Predictor
+from chronotope.models.trajectory import Trajectory
 
-__all__ = ["Language", "Predictor"]
+__all__ = ["Classifier", "ClipClassifier", "Forecaster", "Language", "Motion", "Predictor", "Trajectory"]

@@ -86,8 +86,8 @@ class SeaState(Carried):
     family="routing",
     claim="a linear estimate of the attention map picks the keys of exact sparse attention, distilled from a teacher",
     evidence=["tests/papers/routing/test_sea.py", "tests/papers/routing/test_sea_distilled.py"],
-    missing="the toy distillation agrees with its teacher (top 8: 0.75, 0.70) and beats the Performer at one rate of the "
-    "teacher's weights only, one seed; not shown where causal",
+    missing="the toy distillation agrees with its teacher (top 8: 0.75, 0.70) and beats the Performer at one rate of "
+    "the teacher's weights only, one seed; not shown where causal",
 )
 class SEA(Mixer):
     """y = W_o [s1 s0 sparse(q, k, v) + (1 - s1) v_avg].
