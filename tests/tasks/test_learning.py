@@ -169,7 +169,7 @@ def test_another_seed_and_other_settings_are_another_training(tmp_path: Path) ->
     first, _ = run(tmp_path / "a")
     other, _ = run(tmp_path / "b", seed=1)
     assert first.test != other.test
-    for texts, seed in (([], 1), (["steps=30"], 0)):
+    for texts, seed in (([], 1), (["steps=30"], 0), (["noise=0.2"], 0), (["width=5"], 0)):
         with pytest.raises(ct.ChronotopeError, match="other settings"):
             run(tmp_path / "a", *texts, seed=seed)
 

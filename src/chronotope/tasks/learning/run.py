@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ FIRST = os.environ.get("LOCAL_RANK", "0") == "0"
 def learn(settled: Settled, out: Path, console: Console, *, seed: int = 0, devices: int = 1) -> Result:
     """Trains a model, measures it, and writes `result.json`; the same call goes on where another was killed.
 
-    In `out`: `last.ckpt` while it trains, `best.pt` (the weights that validated best), `log.csv`, `result.json`, and
+    In `out`: `last.ckpt` (where it goes on), `best.pt` (the weights that validated best), `log.csv`, `result.json`, and
     the model as its `save_pretrained` writes it. `devices`: processes that share each batch.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -143,13 +142,13 @@ class Keeper(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries."""
-        facts = {"settings": repr(asdict(self.settled.schedule)), "seed": self.seed}
+        facts = {"settings": self.settled.key, "seed": self.seed}
         return {"seconds": self.seconds, "done": self.done, "best": self.best, "since": self.since, **facts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint. Raises ChronotopeError where it is of another training."""
         given = dict(state_dict)
-        if (given.pop("settings"), given.pop("seed")) != (repr(asdict(self.settled.schedule)), self.seed):
+        if (given.pop("settings"), given.pop("seed")) != (self.settled.key, self.seed):
             raise ChronotopeError(f"{self.out} has a training with other settings; give another folder, or remove it.")
         vars(self).update(given)
 

@@ -31,6 +31,12 @@ class Settled:
     schedule: Schedule
     options: Mapping[str, Any]
 
+    @property
+    def key(self) -> str:
+        """All that makes a training what it is, but the seed: equal keys, equal training."""
+        task = {**dataclasses.asdict(self.task), "data": self.task.data.name}
+        return repr((self.task.name, task, self.model, dict(self.options), dataclasses.asdict(self.schedule)))
+
     def make(self) -> nn.Module:
         """An untrained model."""
         return self.task.maker(self.model)(**self.options)
@@ -67,10 +73,11 @@ def _hints(maker: Any) -> dict[str, Any]:
 
 
 def remember(out: Path, task: str, model: str, texts: Sequence[str], data: Path) -> None:
-    """Writes what a run was asked for to its folder."""
+    """Writes what a run was asked for to its folder, the first time."""
     out.mkdir(parents=True, exist_ok=True)
-    asked = {"task": task, "model": model, "set": list(texts), "data": str(data)}
-    (out / ASKED).write_text(json.dumps(asked, indent=1) + "\n")
+    if not (out / ASKED).exists():
+        asked = {"task": task, "model": model, "set": list(texts), "data": str(data)}
+        (out / ASKED).write_text(json.dumps(asked, indent=1) + "\n")
 
 
 def recall(out: Path) -> tuple[str, str, list[str], Path]:
