@@ -14,7 +14,8 @@ test: $(STAMP)  ## The tests
 bench: $(STAMP)  ## Times and ratios, in one run
 	$(BIN)/chronotope bench
 
-evidence: $(STAMP)  ## The longer tests: trainings and timings
+evidence: $(STAMP)  ## The page of results; and the longer tests: trainings and timings
+	$(BIN)/python docs/results.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow --durations=0
 
 lint: $(STAMP)

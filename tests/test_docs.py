@@ -8,6 +8,8 @@ import torch
 
 import chronotope as ct
 from chronotope.papers import papers
+from chronotope.report.learned import results_page
+from chronotope.tasks.learning import read_results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,6 +20,10 @@ def test_the_table_of_mechanisms_is_the_registry() -> None:
         status = paper.status if paper.missing is None else f"partial: {paper.missing}"
         assert f"| {paper.system} | [{paper.name}](" in README
         assert f"| {paper.claim} | {status} |" in README
+
+
+def test_the_page_of_results_is_that_of_the_files() -> None:
+    assert (ROOT / "docs/results.md").read_text() == results_page(read_results(ROOT / "results"))
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,11 @@ class Copied(Bias):
     def __init__(self, bias: Bias | Tensor, grid: Grid, key_grid: Grid, own: tuple[int, ...]):
         super().__init__()
         self.grid, self.key_grid, self.own = grid, key_grid, own
-        if isinstance(bias, Bias):
-            self.bias = bias
-        else:
-            self.register_buffer("table", bias)
+        self.bias = bias if isinstance(bias, Bias) else None
+        self.register_buffer("table", None if isinstance(bias, Bias) else bias)
 
     def _get_name(self) -> str:
-        return f"{type(self.bias).__name__ if hasattr(self, 'bias') else 'a bias tensor'} beside a route"
+        return f"{'a bias tensor' if self.bias is None else type(self.bias).__name__} beside a route"
 
     def check(self, axes: tuple[str, ...]) -> None:
         return None
@@ -36,7 +34,7 @@ class Copied(Bias):
     def score(self, q: Coords, k: Coords) -> Float[Tensor, "1 ..."]:
         copy, query, key = q.place // self.grid.size, q.place % self.grid.size, k.place % self.key_grid.size
         head = torch.tensor(self.own, device=copy.device)[copy % len(self.own)]
-        if not hasattr(self, "bias"):
+        if self.bias is None:
             return _entry(self.get_buffer("table"), copy // len(self.own), head, query, key)[None]
         places = Coords.of(self.grid, query), Coords.of(self.key_grid, key)
         state = dict((*self.bias.named_parameters(), *self.bias.named_buffers()))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from chronotope.errors import ChronotopeError
 
@@ -37,26 +38,35 @@ class Saved(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(self.config, indent=1) + "\n")
-        safetensors().save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS
-        )
+        write(folder, self.config, self)
 
     @classmethod
     def from_pretrained(cls: type[S], folder: str | Path) -> S:
         """Reads what `save_pretrained` wrote. Raises ChronotopeError where it is not there."""
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise ChronotopeError(f"{folder} has no {name}; give a folder that save_pretrained wrote.")
-        model = cls(**json.loads((folder / CONFIG).read_text()))
-        model.load_state_dict(safetensors().load_file(folder / WEIGHTS))
+        config, weights = read(folder)
+        model = cls(**config)
+        model.load_state_dict(weights)
         return model
 
 
-def safetensors() -> Any:
+def write(folder: str | Path, config: Mapping[str, Any], model: nn.Module) -> None:
+    """What `read` reads: config.json and the weights of a model."""
+    save_file, folder = _safetensors().save_file, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
+
+
+def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json, and the weights by name. Raises ChronotopeError where they are not there."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ChronotopeError(f"{folder} has no {name}; give a folder that save_pretrained wrote.")
+    return json.loads((folder / CONFIG).read_text()), _safetensors().load_file(folder / WEIGHTS)
+
+
+def _safetensors() -> Any:
     """The library, or what to install."""
     try:
         import safetensors.torch

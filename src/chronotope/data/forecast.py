@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from chronotope.data.files import unpacked
 from chronotope.errors import ChronotopeError
 
 SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz")
@@ -65,8 +65,7 @@ def read_series(path: str | Path) -> Series:
     if not path.is_file() or not path.name.endswith(SUFFIXES):
         raise ChronotopeError(f"series {path}: no such file; expected a table ({', '.join(SUFFIXES)}).")
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        text = unpacked(path).decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ChronotopeError(f"{path}: {error}; expected a table as text, plain or gzipped.") from None
     rows = [line.split(",") for line in text.splitlines() if line.strip()]

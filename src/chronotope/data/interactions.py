@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from chronotope.data.files import unpacked
 from chronotope.errors import ChronotopeError
 
 
@@ -85,7 +85,7 @@ def read_interactions(path: str | Path) -> Interactions:
 def _rows(path: Path) -> list[Tensor]:
     """The items of each user, who comes first in a line."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = unpacked(path)
         lines = [[int(item) for item in line.split()[1:]] for line in data.decode().splitlines()]
     except (ValueError, OSError, EOFError) as error:  # no numbers, no text; no gzip, or cut short
         raise ChronotopeError(f"{path}: {error}; expected `user item item ...` in each line.") from None

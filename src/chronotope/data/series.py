@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from chronotope.data.files import unpacked
 from chronotope.errors import ChronotopeError
 
 PARTS = ("TRAIN", "TEST")
@@ -79,8 +79,7 @@ def read_series(path: str | Path) -> Series:
     path = Path(path)
     if not path.is_file():
         raise ChronotopeError(f"series {path}: no such file; expected a .ts or .ts.gz file.")
-    raw = path.read_bytes()
-    lines = enumerate((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines(), 1)
+    lines = enumerate(unpacked(path).decode().splitlines(), 1)
     head = _head(path, lines)
     classes = tuple(head["classlabel"][1:])
     values, labels = [], []

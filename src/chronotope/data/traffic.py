@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from chronotope.data.files import unpacked
 from chronotope.errors import ChronotopeError
 
 SIGMA, LEAST = 1e4 * 0.1**0.5, 0.5  # of PeMSD7: exp(-(d / 10 km)^2 / 0.1), and 0 where that is below a half
@@ -62,9 +62,8 @@ def edges(distances: Float[Tensor, "v v"], sigma: float = SIGMA, least: float = 
 
 
 def _table(path: Path) -> Float[Tensor, "rows columns"]:
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
-        out = np.loadtxt(text.decode().splitlines(), delimiter=",", ndmin=2)
+        out = np.loadtxt(unpacked(path).decode().splitlines(), delimiter=",", ndmin=2)
     except ValueError as error:
         raise ChronotopeError(
             f"{path}: expected rows of as many numbers each, with commas between ({error})."

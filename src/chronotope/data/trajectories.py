@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from chronotope.data.files import unpacked
 from chronotope.errors import ChronotopeError
 
 COLUMNS = "frame person x y"
@@ -24,7 +24,7 @@ def read_tracks(path: str | Path) -> Float[Tensor, "t v 2"]:
     path = Path(path)
     if not path.is_file():
         raise ChronotopeError(f"tracks {path}: no such file; expected rows `{COLUMNS}` (.txt, .txt.gz).")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = unpacked(path)
     try:
         rows = torch.tensor([[float(x) for x in line.split()] for line in data.decode().splitlines()]).double()
     except ValueError as cause:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chronotope import saving
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.nn import Attention, Block, PatchEmbed, Stack, States, Unpatch
@@ -22,7 +22,6 @@ from chronotope.planning import parse_pattern
 from chronotope.position import Rope
 
 Where = Pattern | Sequence[Any] | None
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -170,32 +169,16 @@ class Predictor(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors. Raises ChronotopeError for a pattern that text cannot say."""
-        save_file = _safetensors().save_file
         texts = [repr(pattern) for pattern in self._where]
         for text in texts:
             parse_pattern(text)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps({**self._config, "where": texts}, indent=1) + "\n")
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        saving.write(folder, {**self._config, "where": texts}, self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Predictor:
         """Reads what `save_pretrained` wrote."""
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise ChronotopeError(f"{folder} has no {name}; give a folder that save_pretrained wrote.")
-        config = json.loads((folder / CONFIG).read_text())
+        config, weights = saving.read(folder)
         grid, where = Grid.from_dict(config.pop("grid")), [parse_pattern(text) for text in config.pop("where")]
         model = cls(grid, where=where, **config)
-        model.load_state_dict(_safetensors().load_file(folder / WEIGHTS))
+        model.load_state_dict(weights)
         return model
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ChronotopeError("saving and loading needs safetensors: pip install 'chronotope[train]'.") from None
-    return safetensors.torch

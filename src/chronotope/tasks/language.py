@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from chronotope.data.files import unpacked
 from chronotope.errors import ChronotopeError
 from chronotope.models import Language
 from chronotope.tasks.training import adam, fit, one_cycle
@@ -36,7 +36,7 @@ def read_text(path: str | Path | None) -> UInt8[Tensor, "bytes"]:
         file = Path(path)
         if not file.is_file():
             raise ChronotopeError(f"text {file}: no such file; expected a text, plain or packed as .gz.")
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        data = unpacked(file)
     if len(data) < LEAST:
         raise ChronotopeError(f"the text has {len(data):,} bytes; expected {LEAST:,} or more.")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
