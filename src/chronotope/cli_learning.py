@@ -53,6 +53,7 @@ def train(
     """
     import torch
 
+    from chronotope.report.learned import result_table
     from chronotope.tasks import registry
     from chronotope.tasks.learning import learn, remember, settle
 
@@ -62,7 +63,7 @@ def train(
     console = Console(highlight=False)
     remember(out, task, settled.model, settings or [], data)
     result = learn(settled, out, console, seed=seed, devices=devices)
-    console.print(result.table())
+    console.print(result_table(result))
     console.print(f"{result.parameters:,} parameters, {result.steps:,} steps, {result.minutes} minutes; wrote {out}")
 
 

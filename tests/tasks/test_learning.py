@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import chronotope as ct
+from chronotope.report.learned import result_table
 from chronotope.saving import Saved
 from chronotope.tasks.learning import Published, Result, Schedule, Task, learn, measure_again, read_results, settle
 from chronotope.tasks.learning.log import Log
@@ -126,7 +127,7 @@ def test_a_model_learns_and_what_came_of_it_is_kept(tmp_path: Path) -> None:
     assert [row["step"] for row in Log(tmp_path / "log.csv").rows()] == ["50", "100", "150", "200"]
     assert measure_again(settle(Sums, HERE, "line", ["dropout=0.0"]), tmp_path)["test"] == result.test
     assert Line.from_pretrained(tmp_path / "model").config == {"width": 4, "dropout": 0.0}
-    assert "somebody" in str([column._cells for column in result.table().columns])
+    assert "somebody" in str([column._cells for column in result_table(result).columns])
 
 
 def test_the_best_weights_count_and_patience_ends_a_training(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 import chronotope
@@ -79,16 +78,6 @@ class Result:
             version=chronotope.__version__,
             date=datetime.date.today().isoformat(),
         )
-
-    def table(self) -> Table:
-        """The test metrics beside floors and published numbers."""
-        table = Table(self.task, *self.test)
-        rows: list[tuple[str, Mapping[str, float]]] = [(f"{self.model}, seed {self.seed}", self.test)]
-        rows += [(f"floor: {name}", numbers) for name, numbers in self.floors.items()]
-        rows += [(f"published: {one['name']}", one["numbers"]) for one in self.published]
-        for name, numbers in rows:
-            table.add_row(name, *(f"{numbers[key]:.4f}" if key in numbers else "" for key in self.test))
-        return table
 
     def write(self, path: Path) -> None:
         """As JSON."""
