@@ -28,6 +28,7 @@ TITLES = {
     "rounding": "Rounding",
     "recurrences": "Recurrences",
     "stepping": "Stepping",
+    "rollouts": "Rollouts",
     "routes": "Routes",
 }
 COLOURS = {
@@ -258,6 +259,16 @@ def stepping(rows: list[Row]) -> Lines:
     return markdown(["row", *(f"{int(grid[7:-1]):,} tokens" for grid in contexts)], body)
 
 
+def rollouts(rows: list[Row]) -> Lines:
+    """What a frame costs after so many, and what is carried."""
+    grids = list(dict.fromkeys(row.grid for row in rows))
+    body = [
+        [name, *(f"{1e3 * (row.seconds_median or 0):.2f} ms, {row.peak_mb:.2f} MB" for row in some)]
+        for name, some in by(rows, lambda row: row.row).items()
+    ]
+    return markdown(["row", *(f"after {grid}" for grid in grids)], body)
+
+
 def routes(rows: list[Row]) -> Lines:
     """Routes from end to end at each length, and how time grew between the shortest and the longest."""
     head = ["row", "tokens", "ms", "x of SDPA", "bound", "reached", "choosing, ms", "backward, x of SDPA's", "growth"]
@@ -300,6 +311,7 @@ TABLES: dict[str, Callable[[list[Row]], Lines]] = {
     "rounding": rounding,
     "recurrences": recurrences,
     "stepping": stepping,
+    "rollouts": rollouts,
     "routes": routes,
 }
 PICTURED = ("attention", "windows", "sequences")

@@ -34,6 +34,7 @@ from chronotope.planning import Plan, load_plan, parse_pattern, plan
 from chronotope.position import Rope
 from chronotope.recurrences import RecurrentState, features, linear_attention, normalizers, recurrence, scan
 from chronotope.routing import Fidelity, fidelity, route
+from chronotope.spectral import spectral
 
 __version__ = "0.1.0"
 
@@ -75,6 +76,7 @@ __all__ = [
     "scan",
     "segments",
     "sinks",
+    "spectral",
     "strided",
     "window",
 ]

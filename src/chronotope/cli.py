@@ -202,7 +202,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="A table: planning, attention, windows, sequences, temporal, memory, rounding, recurrences, stepping, "
-            "routes. "
+            "rollouts, routes. "
             "May be given again. Default: all.",
             metavar="TABLE",
             show_default=False,

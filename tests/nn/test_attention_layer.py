@@ -23,12 +23,17 @@ def written_out(layer, x, mask, source=None, q_places=None, k_places=None):
     """Separate projections, heads in a loop, a dense mask."""
     source = x if source is None else source
     d, heads, kv = layer.head_dim, layer.heads, layer.kv_heads
-    w_q, w_k, w_v = layer.qkv.weight.split([heads * d, kv * d, kv * d])
+    sizes = [heads * d, kv * d, kv * d]
+    w_q, w_k, w_v = layer.qkv.weight.split(sizes)
+    b_q, b_k, b_v = (layer.qkv.bias if layer.qkv.bias is not None else layer.qkv.weight.new_zeros(sum(sizes))).split(
+        sizes
+    )
     outs = []
     for head in range(heads):
         own = head // (heads // kv)
-        q = x @ w_q[head * d : (head + 1) * d].T
-        k, v = (source @ w[own * d : (own + 1) * d].T for w in (w_k, w_v))
+        mine, theirs = slice(head * d, (head + 1) * d), slice(own * d, (own + 1) * d)
+        q = x @ w_q[mine].T + b_q[mine]
+        k, v = (source @ w[theirs].T + b[theirs] for w, b in ((w_k, b_k), (w_v, b_v)))
         if layer.q_norm is not None:
             q, k = rms(q, layer.q_norm.weight), rms(k, layer.k_norm.weight)
         if layer.position is not None:
@@ -36,15 +41,17 @@ def written_out(layer, x, mask, source=None, q_places=None, k_places=None):
             k = layer.position(k[:, None], coords=k_places)[:, 0]
         scores = q @ k.transpose(1, 2) / d**0.5
         outs.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v)
-    return torch.cat(outs, -1) @ layer.out.weight.T
+    return F.linear(torch.cat(outs, -1), layer.out.weight, layer.out.bias)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_forward_is_the_formula(kv_heads, qk_norm):
+@pytest.mark.parametrize(("qk_norm", "biases"), [(False, False), (True, False), (False, True)])
+def test_forward_is_the_formula(kv_heads, qk_norm, biases):
     grid = Grid(t=3, h=4, w=2)
     where = ct.window(t=3, h=3) & ct.causal("t")
-    layer = Attention(12, 4, where=where, kv_heads=kv_heads, head_dim=8, position=Rope(), qk_norm=qk_norm).double()
+    layer = Attention(
+        12, 4, where=where, kv_heads=kv_heads, head_dim=8, position=Rope(), qk_norm=qk_norm, biases=biases
+    ).double()
     if layer.q_norm is not None:
         torch.nn.init.normal_(layer.q_norm.weight)
         torch.nn.init.normal_(layer.k_norm.weight)
@@ -57,6 +64,7 @@ def test_forward_is_the_formula(kv_heads, qk_norm):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.qk(x, grid), (q, k), strict=True))
     out = ct.attention(q, k, v, grid=grid, where=where)
     torch.testing.assert_close(layer.out(out.transpose(1, 2).flatten(2)), expected)
+    assert (layer.qkv.bias is not None) == (layer.out.bias is not None) == biases
 
 
 def test_without_a_pattern_it_is_dense_attention():
@@ -73,7 +81,7 @@ def test_context_is_looked_at_on_its_own_grid(key_grid):
     grid = Grid(t=4, h=4)
     where = ct.full() if key_grid.axes == ("n",) else ct.window(h=3)
     rope = Rope(("t", "h"))
-    layer = Attention(12, 3, where=where, kv_heads=1, position=rope, qk_norm=True).double()
+    layer = Attention(12, 3, where=where, kv_heads=1, position=rope, qk_norm=True, biases=True).double()
     x, source = tokens(grid), tokens(key_grid, seed=1)
     places, key_places = rope.between(grid, key_grid)
     mask = ct.plan(where, grid, key_grid).mask()

@@ -25,7 +25,7 @@ def divided(mlp="swiglu"):
     return Block([time, space], 12, mlp).double()
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu", None])
+@pytest.mark.parametrize("mlp", ["swiglu", "geglu", "gelu", None])
 def test_a_block_is_its_formula(mlp):
     block = divided(mlp)
     x = y = tokens()
@@ -50,8 +50,15 @@ def test_feed_forwards_are_their_formulas():
     swiglu, gelu = FeedForward(12, "swiglu").double(), FeedForward(12, "gelu", 2.5).double()
     gate, value = swiglu.enter.weight.chunk(2)
     torch.testing.assert_close(swiglu(x), (F.silu(x @ gate.T) * (x @ value.T)) @ swiglu.leave.weight.T)
+    geglu = FeedForward(12, "geglu").double()
+    geglu.load_state_dict(swiglu.state_dict())
+    torch.testing.assert_close(geglu(x), (F.gelu(x @ gate.T) * (x @ value.T)) @ swiglu.leave.weight.T)
     torch.testing.assert_close(gelu(x), F.gelu(x @ gelu.enter.weight.T) @ gelu.leave.weight.T)
     assert gelu.leave.in_features == 30 and swiglu.leave.in_features == 32
+    geglu = FeedForward(12, "geglu", biases=True).double()
+    gate, value = geglu.enter(x).chunk(2, -1)
+    torch.testing.assert_close(geglu(x), F.gelu(gate) * value @ geglu.leave.weight.T + geglu.leave.bias)
+    assert geglu.leave.in_features == 32 and geglu.enter.bias is not None and swiglu.enter.bias is None
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -105,10 +112,20 @@ def test_patches_come_back(grid, patch, channels):
     assert torch.equal(x[0, where.index(t=t - 1, h=0, w=w - 1)], first)
 
 
+def test_patches_between_two_norms():
+    embed, clips = PatchEmbed(5, (2, 2, 3), 2, norm=True), torch.randn(1, 2, 2, 2, 3)
+    before, matrix, after = embed.project
+    for norm in (before, after):
+        torch.nn.init.normal_(norm.weight)
+    flat = F.layer_norm(clips.transpose(1, 2).flatten(), (24,), before.weight, before.bias)
+    expected = F.layer_norm(matrix.weight @ flat + matrix.bias, (5,), after.weight, after.bias)
+    torch.testing.assert_close(embed(clips)[0][0, 0], expected)
+
+
 def test_what_is_refused():
     for call, words in [
         (lambda: Block([], 12), "at least one mixer"),
-        (lambda: Block([Attention(12, 2)], 12, mlp="relu"), "swiglu, gelu"),
+        (lambda: Block([Attention(12, 2)], 12, mlp="relu"), "swiglu, geglu, gelu"),
         (lambda: FeedForward(2, "gelu", 0.1), "dim \\* ratio"),
         (
             lambda: PatchEmbed(8, 4)(torch.zeros(1, 2, 1, 8, 9)),

@@ -50,6 +50,12 @@ def test_the_summary_takes_what_validated_best_and_the_better_rivals() -> None:
     assert larger in results_page([replace(result, larger=True) for result in (one, other)])
 
 
+def test_the_summary_tells_what_can_be_compared() -> None:
+    floors = {"one": {"accuracy": 0.25}, "other": {"accuracy": 0.5}}
+    one = replace(ONE, test={"accuracy": 0.75, "mse": 0.5}, floors=floors, published=[])
+    assert "| accuracy | 0.7500 | line (width=4) | 1 | 0.5000 (other) |  |" in results_page([one])
+
+
 def test_the_table_of_a_run_has_floors_and_published_numbers() -> None:
     columns = [list(column.cells) for column in result_table(ONE).columns]
     assert columns[0] == ["line, seed 0", "floor: zero", "published: somebody"] and columns[2] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from chronotope.data.series import Series, read_pair, read_series
 from chronotope.errors import ChronotopeError
 from chronotope.models import Classifier
-from chronotope.tasks.classify import Classify, accuracy, gathered, nearest, parted, stretched
+from chronotope.models.classifier import Stem
+from chronotope.tasks.classify import Classify, accuracy, gathered, nearest, parted, stretched, warped
 from chronotope.tasks.learning import settle
 from chronotope.tasks.registry import task
 
@@ -106,21 +108,27 @@ def test_a_split_that_leaves_nothing_is_told():
 
 
 MODELS = [
-    {"mixers": "attention"},
-    {"mixers": "attention", "pool": "class"},
-    {"mixers": "convolution", "width": 3},
-    {"mixers": "recurrence"},
-    {"mixers": "recurrence+convolution+attention", "pool": "class", "width": 5},
-    {"mixers": "none"},
+    {"blocks": ["attention", "attention"]},
+    {"blocks": ["none", "attention"], "pool": "class"},
+    {"blocks": ["convolution"], "width": 3},
+    {"blocks": ["recurrence", "recurrence"]},
+    {"blocks": ["recurrence+convolution+attention"], "pool": "class", "width": 5},
+    {"blocks": ["none"], "width": 1},
+    {"blocks": []},
 ]
+
+
+def named(options: dict) -> str:
+    return " ".join([*options["blocks"], options.get("pool", "")])
 
 
 def model_of(options: dict, patch: int) -> Classifier:
     torch.manual_seed(0)
-    return Classifier(2, 3, patch, dim=16, heads=2, mean=[1.0, 0.0], scale=[2.0, 1.0], **options).eval().double()
+    units = [[1.0, 2.0], [0.0, 1.0]]
+    return Classifier(2, 3, dim=16, heads=2, patch=patch, units=units, **options).eval().double()
 
 
-@pytest.mark.parametrize("options", MODELS, ids=lambda x: x["mixers"] + x.get("pool", ""))
+@pytest.mark.parametrize("options", MODELS, ids=named)
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), patch=st.integers(1, 3), seed=st.integers(0, 99))
 def test_a_series_is_classified_as_if_it_were_alone(options, lengths, patch, seed):
@@ -134,7 +142,7 @@ def test_a_series_is_classified_as_if_it_were_alone(options, lengths, patch, see
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", MODELS, ids=lambda x: x["mixers"] + x.get("pool", ""))
+@pytest.mark.parametrize("options", MODELS, ids=named)
 def test_gradients_are_finite_and_do_not_cross(options):
     model = model_of(options, 1)
     values = torch.randn(3, 6, 2, dtype=torch.float64, requires_grad=True)
@@ -150,14 +158,27 @@ def test_order_counts_unless_tokens_do_not_meet():
     for options in MODELS:
         model = model_of(options, 1)
         same = torch.allclose(model(values), model(values.flip(1)), atol=1e-9)
-        assert same == (options["mixers"] == "none"), options
+        assert same == (options.get("width") == 1), options
+
+
+@settings(max_examples=12, deadline=None)
+@given(patch=st.integers(1, 5), width=st.sampled_from((1, 3, 7)), n=st.integers(1, 40), seed=st.integers(0, 99))
+def test_tokens_move_with_the_series(patch, width, n, seed):
+    """A start that is left out by one token leaves the same tokens, but those that see the start."""
+    torch.manual_seed(seed)
+    stem, x = Stem(2, 8, patch, width).double(), torch.randn(3, n + patch, 2, dtype=torch.float64)
+    tokens, real = stem(x, torch.full((3,), n + patch))
+    later, _ = stem(x[:, patch:], torch.full((3,), n))
+    assert tokens.shape == (3, math.ceil(n / patch) + 1, 8) and bool(real.all())
+    seen = math.ceil(2 * (width // 2) / patch)
+    torch.testing.assert_close(tokens[:, 1 + seen :], later[:, seen:])
 
 
 def test_values_are_measured_by_the_training_data(tmp_path):
     own = settle(Classify, toy(tmp_path), "convolution")
     model = own.make()
     mean, scale = own.task.scale
-    assert torch.equal(model.mean, mean) and torch.equal(model.scale, scale)
+    assert torch.equal(model.units, torch.stack((mean, scale), 1))
     cases = torch.cat([own.task.sets[0].values[case] for case in own.task.parts[0].tolist()])
     torch.testing.assert_close(cases.mean(0), mean)
     model.save_pretrained(tmp_path / "kept")
@@ -169,12 +190,12 @@ def test_values_are_measured_by_the_training_data(tmp_path):
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"mixers": "attention+lstm"}, "mixer 'lstm'"),
-        ({"mixers": "convolution", "pool": "class"}, "a class token sees the others by attention"),
+        ({"blocks": ["attention+lstm"]}, "mixer 'lstm'"),
+        ({"blocks": ["convolution"], "pool": "class"}, "a class token sees the others by attention"),
         ({"pool": "max"}, "one of mean, class"),
-        ({"mixers": "convolution", "width": 4}, "odd"),
+        ({"width": 4}, "odd"),
         ({"patch": 0}, "1 or more"),
-        ({"mean": [1.0]}, "1 numbers for 2 channels"),
+        ({"units": [[0.0, 1.0]]}, "mean and deviation of each of 2 channels"),
     ],
 )
 def test_sizes_that_do_not_fit_are_told(options, told):
@@ -209,17 +230,37 @@ def test_stretching_keeps_ends_and_lines():
     assert torch.equal(stretched(torch.ones(1, 2), 4), torch.ones(4, 2))
 
 
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), spread=st.floats(0, 1), seed=st.integers(0, 99))
+def test_warping_keeps_the_way_and_its_ends(lengths, spread, seed):
+    rng = torch.Generator().manual_seed(seed)
+    rows = [torch.rand(n, 2, generator=rng).cumsum(0) for n in lengths]
+    values, ends = nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(lengths)
+    out = warped(values, ends, spread, rng)
+    for new, row, n in zip(out, rows, lengths, strict=True):
+        torch.testing.assert_close(new[[0, n - 1]], row[[0, n - 1]])
+        assert bool((new[:n].diff(dim=0) >= -1e-5).all()) and not bool(new[n:].any())
+    torch.testing.assert_close(warped(values, ends, 0.0, rng), values, rtol=1e-4, atol=1e-4)
+    # Values of a straight line tell where they were read: both channels at the same place.
+    line = torch.arange(9.0)[None, :, None].expand(1, 9, 2)
+    bent = warped(line, torch.tensor([9]), spread, rng)
+    assert torch.equal(bent[..., 0], bent[..., 1]) and (spread < 0.1 or not torch.allclose(bent, line, atol=1e-3))
+
+
 def test_accuracy():
     found = accuracy(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]))
     assert found["accuracy"] == 0.75 and found["standard error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
 
 
 def test_batches_are_a_function_of_cases_and_generator(tmp_path):
-    own = Classify(data=toy(tmp_path), noise=0.5)
+    own = Classify(data=toy(tmp_path), held=0.2)
     first, again = (own.batch(torch.tensor([3, 0]), torch.Generator().manual_seed(4)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    plain = Classify(data=own.data).batch(torch.tensor([3, 0]), torch.Generator().manual_seed(4))
-    assert not torch.equal(first[0], plain[0]) and torch.equal(first[2], plain[2])
+    unchanged = {"warp": 0.0, "scaling": 0.0, "noise": 0.0}
+    plain = Classify(data=own.data, held=0.2, **unchanged).batch(torch.tensor([3, 0]), torch.Generator())
+    assert torch.equal(first[2], plain[2])
+    for name in unchanged:
+        one = Classify(data=own.data, held=0.2, **(unchanged | {name: 0.2}))
+        assert not torch.equal(one.batch(torch.tensor([3, 0]), torch.Generator())[0], plain[0]), name
     learned, held = own.parts
     case = own.sets[0].values[int(learned[3])]
     assert torch.equal(plain[0][0, : len(case)], case)

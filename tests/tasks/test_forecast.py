@@ -15,6 +15,7 @@ from rich.console import Console
 
 from chronotope.data.forecast import Parts, read_series
 from chronotope.errors import ChronotopeError
+from chronotope.grid import Grid
 from chronotope.models import Forecaster
 from chronotope.tasks.forecast import BATCH, MAKERS, Forecast
 from chronotope.tasks.learning import TEST, VALID, learn, settle
@@ -180,6 +181,17 @@ def test_mixing_of_variables_is_a_set_function_of_them(blocks):
     other = x.clone()
     other[:, :, 1] += torch.randn_like(other[:, :, 1])
     assert not torch.allclose(forecaster(other)[:, :, 0], a[:, :, 0]), "another variable is looked at"
+
+
+def test_dropout_is_in_the_blocks_too_and_in_training_alone():
+    x, plain, dropping = past(), model(["time", "variable"]), model(["time", "variable"], dropout=0.3)
+    dropping.load_state_dict(plain.state_dict())
+    assert torch.equal(dropping(x), plain(x))
+    tokens = torch.randn(2, 7 * 3, 8, dtype=torch.float64)
+    dropping.train()
+    for block in dropping.body.stack.blocks:
+        assert not torch.equal(block(tokens, Grid(t=7, v=3)), block(tokens, Grid(t=7, v=3)))
+    assert not torch.equal(dropping(x), dropping(x))
 
 
 def test_a_whole_look_back_is_one_token_of_each_variable():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from chronotope.bench.cases import BACKWARD, BOTH, FORWARD
 from chronotope.bench.results import Row
 
@@ -20,6 +22,7 @@ TITLES = {
     "matrix product, by counted operations",
     "routes": "routes, heads of 64, float32, choosing included; x: SDPA time / time; bound: 1 / pairs computed",
     "stepping": "one token after the other: bytes of the state and time of a step, after contexts of growing length",
+    "rollouts": "blocks on frames of 16 x 16 places, one frame after the other: time of a frame and bytes of the state",
 }
 LEGEND = (
     "  x: dense time / time, median of paired rounds; bound: 1 / share of pairs in tiles; reached: share of the bound;",
@@ -62,14 +65,17 @@ def line(rows: list[Row]) -> str:
         return f"  {first.dtype:10}{first.backend:14}{found}"
     if first.table == "recurrences":
         return _carried(rows)
-    if first.table == "stepping":
-        cells = (
-            f"{row.grid[7:-1]:>7}: {1e6 * (row.seconds_median or 0):7.0f} us {row.peak_mb:9.3f} MB" for row in rows
-        )
+    if first.table in ("stepping", "rollouts"):
+        cells = (f"{slices(row):>7}: {1e6 * (row.seconds_median or 0):7.0f} us {row.peak_mb:9.3f} MB" for row in rows)
         return f"  {first.row:30}{'  '.join(cells)}"
     if first.table == "routes":
         return _routed(rows)
     return _timed(rows)
+
+
+def slices(row: Row) -> int:
+    """Of the first axis of the grid."""
+    return int(re.findall(r"\d+", row.grid)[0])
 
 
 def _routed(rows: list[Row]) -> str:

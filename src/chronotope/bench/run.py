@@ -15,6 +15,7 @@ from chronotope.bench.planning import planning
 from chronotope.bench.recurrences import recurrences
 from chronotope.bench.referee import machine
 from chronotope.bench.results import Row, write
+from chronotope.bench.rollouts import rollouts
 from chronotope.bench.rounding import rounding
 from chronotope.bench.routes import routes
 from chronotope.bench.stepping import stepping
@@ -33,6 +34,7 @@ TABLES: dict[str, Table] = {
     "rounding": rounding,
     "recurrences": recurrences,
     "stepping": stepping,
+    "rollouts": rollouts,
     "routes": routes,
 }
 COMPILED = ("none", "window", "all")

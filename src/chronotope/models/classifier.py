@@ -16,68 +16,63 @@ from chronotope.position import Rope
 from chronotope.saving import Saved
 
 POOLS = ("mean", "class")
+HYBRID = "convolution+attention"
 
 
 class Classifier(Saved):
-    """logits = W LN(pool(block_L(... block_1(E u)))), u being `patch` values of all channels after one another.
+    """logits = W LN(pool(block_L(... block_1(stem(u))))), u being the values of all channels.
 
-    A block: x = x + mix(LN(x)) for each of its mixers in turn, then x = x + F(LN(x)). Tokens lie on Grid(t=...).
+    The stem leaves a token for every `patch` values, see `Stem`; tokens lie on Grid(t=...). A block: x = x + mix(LN(x))
+    for each of its mixers in turn, then x = x + F(LN(x)).
 
     Args:
         channels, classes: of the series.
-        patch: values of a token.
-        dim, heads, layers, dropout: of the blocks.
-        mixers: what a block mixes tokens with, joined by "+": "attention" (rotary, all to all), "convolution" (`width`
+        blocks: what each mixes tokens with, joined by "+": "attention" (rotary, all to all), "convolution" (`width`
             tokens around, channel by channel), "recurrence" (gated linear attention, there and back). "none": tokens
-            do not meet before the pool.
+            do not meet between stem and pool.
+        dim, heads, dropout: of the blocks.
+        patch: values from one token to the next.
+        width: of the convolutions, in the stem in values, in blocks in tokens; odd.
         pool: "mean" over the tokens, or "class": a learned token in front (`prefix=1`), for attention only.
-        width: of the convolution, odd.
-        mean, scale: of each channel in the training data; values are (x - mean) / scale. None: 0 and 1.
+        units: mean and standard deviation of each channel in the training data, to which values are scaled. None: 0, 1.
 
     What lies after the end of a series changes nothing, and no element of a batch knows of another.
 
     Example:
-        >>> model = Classifier(channels=3, classes=4, patch=2, mixers="convolution+attention")
+        >>> model = Classifier(channels=3, classes=4, blocks=["convolution", "attention"], patch=2)
         >>> model(torch.randn(5, 21, 3), torch.tensor([21, 7, 20, 1, 2])).shape
         torch.Size([5, 4])
 
     Raises ChronotopeError: an unknown mixer or pool, sizes that do not fit.
     """
 
-    mean: Tensor
-    scale: Tensor
+    units: Tensor
 
     def __init__(
         self,
         channels: int,
         classes: int,
-        patch: int = 1,
+        blocks: Sequence[str] = (HYBRID, HYBRID),
         dim: int = 64,
         heads: int = 4,
-        layers: int = 2,
-        mixers: str = "attention",
-        pool: str = "mean",
+        patch: int = 1,
         width: int = 9,
+        pool: str = "mean",
         dropout: float = 0.1,
-        mean: Sequence[float] | None = None,
-        scale: Sequence[float] | None = None,
+        units: Sequence[Sequence[float]] | None = None,
     ):
         super().__init__()
-        names = [] if mixers == "none" else mixers.split("+")
-        if pool not in POOLS or (pool == "class" and "attention" not in names):
+        mixers = [[] if block == "none" else block.split("+") for block in blocks]
+        if pool not in POOLS or (pool == "class" and not any("attention" in names for names in mixers)):
             raise ChronotopeError(
-                f"Classifier(pool={pool!r}, mixers={mixers!r}): pool is one of {', '.join(POOLS)}; a class token "
+                f"Classifier(pool={pool!r}, blocks={list(blocks)}): pool is one of {', '.join(POOLS)}; a class token "
                 "sees the others by attention."
             )
-        if patch < 1 or layers < 1:
-            raise ChronotopeError(f"Classifier(patch={patch}, layers={layers}): expected 1 or more.")
-        self.patch = patch
-        self.register_buffer("mean", _per_channel(mean, channels, 0.0))
-        self.register_buffer("scale", _per_channel(scale, channels, 1.0))
-        self.embed = nn.Linear(patch * channels, dim)
+        self.register_buffer("units", _per_channel(units, channels))
+        self.stem = Stem(channels, dim, patch, width)
         self.first = nn.Parameter(torch.randn(dim) * 0.02) if pool == "class" else None
         self.blocks = nn.ModuleList(
-            SeriesBlock([_mixer(name, dim, heads, width) for name in names], dim, dropout) for _ in range(layers)
+            SeriesBlock([_mixer(name, dim, heads, width) for name in names], dim, dropout) for names in mixers
         )
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
@@ -87,7 +82,7 @@ class Classifier(Saved):
         """Logits. `lengths`: where each series ends; None: at n."""
         if lengths is None:
             lengths = torch.full((len(series),), series.shape[1], device=series.device)
-        x, real = self.tokens(series, lengths)
+        x, real = self.stem(self._scaled(series, lengths), lengths)
         grid = Grid(t=x.shape[1])
         if self.first is not None:
             grid = grid.replace(prefix=1)
@@ -98,20 +93,41 @@ class Classifier(Saved):
         x = x[:, 0] if self.first is not None else _over(x, real).sum(1) / real.sum(1)[:, None]
         return self.head(self.norm(x))
 
-    def tokens(
+    def _scaled(
         self, series: Float[Tensor, "b n channels"], lengths: Int64[Tensor, "b"]
-    ) -> tuple[Float[Tensor, "b t dim"], Bool[Tensor, "b t"]]:
-        """A token for every `patch` values, and which of them hold a value of the series."""
-        if series.shape[2] != len(self.mean):
-            raise ChronotopeError(f"series of {series.shape[2]} channels; the model is for {len(self.mean)}.")
+    ) -> Float[Tensor, "b n channels"]:
+        if series.shape[2] != len(self.units):
+            raise ChronotopeError(f"series of {series.shape[2]} channels; the model is for {len(self.units)}.")
         if not bool(((lengths >= 1) & (lengths <= series.shape[1])).all()):
             raise ChronotopeError(f"lengths {lengths.tolist()}; expected 1 to {series.shape[1]}.")
-        inside = torch.arange(series.shape[1], device=series.device) < lengths[:, None]
-        values = _over((series - self.mean) / self.scale, inside)
-        values = nn.functional.pad(values, (0, 0, 0, -series.shape[1] % self.patch))
-        count = values.shape[1] // self.patch
-        real = torch.arange(count, device=series.device) * self.patch < lengths[:, None]
-        return self.embed(values.reshape(len(series), count, -1)), real
+        return (series - self.units[:, 0]) / self.units[:, 1]
+
+
+class Stem(nn.Module):
+    """Tokens of a series: token i = B gelu(A u), at the values from patch * i on.
+
+    A, B: convolutions, A of `width` values, B of `patch` and width // 2 more on both sides, `patch` apart: what a token
+    holds hardly depends on where the series is cut.
+    """
+
+    def __init__(self, channels: int, dim: int, patch: int, width: int):
+        super().__init__()
+        if patch < 1:
+            raise ChronotopeError(f"Classifier(patch={patch}): expected 1 or more.")
+        self.patch, self.side = patch, _odd(width) // 2
+        self.values = nn.Conv1d(channels, dim // 2, width, padding=self.side)
+        self.tokens = nn.Conv1d(dim // 2, dim, patch + 2 * self.side, stride=patch)
+
+    def forward(
+        self, series: Float[Tensor, "b n channels"], lengths: Int64[Tensor, "b"]
+    ) -> tuple[Float[Tensor, "b t dim"], Bool[Tensor, "b t"]]:
+        """A token for every `patch` values, and which of them begin within the series."""
+        n = series.shape[1]
+        inside = torch.arange(n, device=series.device) < lengths[:, None]
+        x = nn.functional.gelu(self.values(_over(series, inside).transpose(1, 2))).transpose(1, 2)
+        x = nn.functional.pad(_over(x, inside).transpose(1, 2), (self.side, self.side + -n % self.patch))
+        x = self.tokens(x).transpose(1, 2)
+        return x, torch.arange(x.shape[1], device=x.device) * self.patch < lengths[:, None]
 
 
 class SeriesBlock(nn.Module):
@@ -158,9 +174,7 @@ class Convolved(SeriesMixer):
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        if width < 1 or width % 2 == 0:
-            raise ChronotopeError(f"Classifier(width={width}): expected an odd number.")
-        self.conv = nn.Conv1d(dim, dim, width, padding=width // 2, groups=dim)
+        self.conv = nn.Conv1d(dim, dim, width, padding=_odd(width) // 2, groups=dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid, real: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
@@ -196,13 +210,20 @@ def _mixer(name: str, dim: int, heads: int, width: int) -> SeriesMixer:
     )
 
 
+def _odd(width: int) -> int:
+    if width < 1 or width % 2 == 0:
+        raise ChronotopeError(f"Classifier(width={width}): expected an odd number.")
+    return width
+
+
 def _over(x: Float[Tensor, "b n c"], real: Bool[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
     """Zeros where nothing is; what was there is not multiplied, so that NaN does not leak."""
     return torch.where(real[..., None], x, 0.0)
 
 
-def _per_channel(given: Sequence[float] | None, channels: int, otherwise: float) -> Float[Tensor, "channels"]:
-    out = torch.full((channels,), otherwise) if given is None else torch.tensor(list(given), dtype=torch.float32)
-    if len(out) != channels:
-        raise ChronotopeError(f"Classifier: mean or scale of {len(out)} numbers for {channels} channels.")
-    return out
+def _per_channel(units: Sequence[Sequence[float]] | None, channels: int) -> Float[Tensor, "channels 2"]:
+    if units is None:
+        units = [(0.0, 1.0)] * channels
+    if len(units) != channels or any(len(pair) != 2 for pair in units):
+        raise ChronotopeError(f"Classifier(units={units}): expected mean and deviation of each of {channels} channels.")
+    return torch.tensor([list(pair) for pair in units], dtype=torch.float32)

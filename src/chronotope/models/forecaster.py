@@ -16,8 +16,8 @@ Grid(t=patches, v=variables): what a block mixes along t, along v or over both i
 | iTransformer (Liu et al. 2023, arXiv 2310.06625) | blocks "variable variable", patch=None, norm "instance" |
 
 Left out: learned scale and shift of the norm; padding (patches end at the last value; what is too old for a whole patch
-is dropped); batch norm; dropout inside the blocks (it is on what enters and leaves them). Blocks are pre-norm, with
-rotary time.
+is dropped); batch norm; dropout of attention weights, of hidden channels, and before the last matrix (it is on what
+enters the blocks, and on what each mixer and feed-forward adds). Blocks are pre-norm, with rotary time.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Patched(nn.Module):
         self.tokens = (lookback - patch) // stride + 1
         self.skipped = (lookback - patch) % stride
         self.embed = nn.Linear(patch, dim)
-        self.stack = Stack([Block([MIXERS[name](dim, heads)], dim, "gelu", ratio) for name in blocks], dim)
+        self.stack = Stack(
+            [Block([MIXERS[name](dim, heads)], dim, "gelu", ratio, dropout=dropout) for name in blocks], dim
+        )
         self.head = nn.Linear(self.tokens * dim, horizon)
         self.dropout = nn.Dropout(dropout)
 
@@ -98,7 +100,7 @@ class Patched(nn.Module):
         grid = Grid(t=self.tokens, v=x.shape[1])
         tokens = self.embed(x[..., self.skipped :].unfold(-1, self.patch, self.stride)).transpose(1, 2)
         out = self.stack(self.dropout(tokens.flatten(1, 2)), grid).unflatten(1, grid.shape)
-        return self.head(self.dropout(out.transpose(1, 2).flatten(2)))
+        return self.head(out.transpose(1, 2).flatten(2))
 
 
 class Forecaster(Saved):
@@ -110,7 +112,8 @@ class Forecaster(Saved):
         norm: "none"; "last": m is the last value; "instance": m and s are mean and standard deviation.
         trend: width of the moving average, odd; 0: none. Without blocks only.
         patch, stride: values in a token, and between the starts of two tokens; patch=None: a variable is one token.
-        dim, heads, ratio, dropout: of the blocks; `ratio`: hidden channels over dim.
+        dim, heads, ratio: of the blocks; `ratio`: hidden channels over dim.
+        dropout: of the tokens, and of what mixers and feed-forwards add to them.
 
     Raises ChronotopeError: an unknown name, or sizes that do not fit.
 

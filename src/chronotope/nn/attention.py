@@ -16,10 +16,10 @@ from chronotope.carried import Carried
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.nn.causality import require_streamable
-from chronotope.nn.mixer import Context, Mixer, require_slice, require_tokens
+from chronotope.nn.mixer import Context, Mixer, require_placed, require_slice, require_tokens
 from chronotope.nn.stepping import attend_slice
 from chronotope.patterns import Pattern, full
-from chronotope.position import Rope
+from chronotope.position import Places, Rope
 from chronotope.routing.decoding import decode
 from chronotope.routing.pages import Pages, pages
 
@@ -53,6 +53,7 @@ class Attention(Mixer):
             arXiv 2010.04245).
         bias: a `ct.Bias` on coordinates, or None.
         softcap, backend: as for `ct.attention`.
+        biases: whether the two projections add learned biases, as those of ViT and BERT do.
 
     Raises ChronotopeError: sizes that do not divide.
 
@@ -75,6 +76,7 @@ class Attention(Mixer):
         bias: Bias | None = None,
         softcap: float | None = None,
         backend: str = "auto",
+        biases: bool = False,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -90,15 +92,20 @@ class Attention(Mixer):
         if position is not None:
             position.pairs(self.head_dim)
         # One matrix for queries, keys and values: one pass over x where it attends to itself.
-        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=biases)
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=biases)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.bias = bias
 
-    def forward(self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None) -> Float[Tensor, "b n c"]:
-        """Self-attention of x on the grid; with context, attention of x over the context."""
-        q, k, v = self.project(x, grid, context)
+    def forward(
+        self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None, *, coords: Places | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Self-attention of x on the grid; with context, attention of x over the context.
+
+        coords: where the tokens of x are, for the position code: see `ct.Rope`. Not with a context.
+        """
+        q, k, v = self.project(x, grid, context, coords=coords)
         out = attention(
             q,
             k,
@@ -114,15 +121,27 @@ class Attention(Mixer):
         return self.out(_joined(out))
 
     def project(
-        self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None, *, time: int = 0
+        self,
+        x: Float[Tensor, "b n c"],
+        grid: Grid,
+        context: Context | None = None,
+        *,
+        time: int = 0,
+        coords: Places | None = None,
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk nk d"], Float[Tensor, "b hk nk d"]]:
         """Queries, keys and values as attention takes them: after norm and position code.
 
         time: where x, without a context, starts on the first axis.
         """
         require_tokens(x, grid, self.dim, "x")
+        if coords is not None:
+            require_placed(self.placed, coords, "Attention")
         if context is None:
-            return self._own(x, grid, time)
+            return self._own(x, grid, time, coords)
+        if coords is not None:
+            raise ChronotopeError(
+                "Attention: coords with a context, whose tokens would have none; give one of the two."
+            )
         source, key_grid = context if isinstance(context, tuple) else (context, grid)
         require_tokens(source, key_grid, self.dim, "context")
         return self._over(x, grid, source, key_grid)
@@ -132,6 +151,10 @@ class Attention(Mixer):
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk nk d"]]:
         """Queries and keys as they meet: after norm and position code."""
         return self.project(x, grid, context)[:2]
+
+    @property
+    def placed(self) -> tuple[str, ...]:
+        return () if self.position is None else self.position.axes
 
     def init_state(self, batch: int, grid: Grid) -> AttentionState | Pages:
         """An empty cache, in pages where a route chooses among them.
@@ -149,7 +172,7 @@ class Attention(Mixer):
         return AttentionState(empty, empty, 0, grid, where)
 
     def step(
-        self, x: Float[Tensor, "b s c"], state: AttentionState | Pages
+        self, x: Float[Tensor, "b s c"], state: AttentionState | Pages, *, coords: Places | None = None
     ) -> tuple[Float[Tensor, "b s c"], AttentionState | Pages]:
         """The next slice. Slices that the pattern's horizon rules out for all coming queries are dropped."""
         if state.where is not self.where and state.where != self.where:
@@ -157,10 +180,10 @@ class Attention(Mixer):
                 f"the state is for where={state.where!r}, the layer has {self.where!r}: call init_state again."
             )
         if isinstance(state, Pages):
-            q, k, v = self.project(x, state.grid, time=state.length)
+            q, k, v = self.project(x, state.grid, time=state.length, coords=coords)
             out, state = decode(q, k, v, state, softcap=self.softcap)
             return self.out(_joined(out)), state
-        q, k, v = self.project(x, state.grid, time=state.time)
+        q, k, v = self.project(x, state.grid, time=state.time, coords=coords)
         # Under autocast the new slice may be of a lower precision than the weights, whose dtype an empty cache has.
         k, v = torch.cat((state.k.to(k.dtype), k), 2), torch.cat((state.v.to(v.dtype), v), 2)
         out = attend_slice(q, k, v, state.time, state.grid, state.where, self.bias, self.softcap)
@@ -177,21 +200,24 @@ class Attention(Mixer):
         sizes = {"batch": batch, "heads": self.heads, "kv_heads": self.kv_heads, "size": self.head_dim}
         return pages(where, grid, **sizes, dtype=self.qkv.weight.dtype, device=self.qkv.weight.device)
 
-    def _own(self, x: Tensor, grid: Grid, time: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _own(self, x: Tensor, grid: Grid, time: int, coords: Places | None = None) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])), 1)
         if self.position is not None:
-            streams = time > 0 and grid.axes[0] in self.position.axes
-            qk = self.position(qk, grid, offset={grid.axes[0]: time} if streams else None)
+            streams = time > 0 and grid.axes[0] in self.position.counted(coords)
+            qk = self.position(qk, grid, coords=coords, offset={grid.axes[0]: time} if streams else None)
         q, k = qk.split((self.heads, self.kv_heads), 1)
         return q, k, v
 
     def _over(self, x: Tensor, grid: Grid, source: Tensor, key_grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         own = self.heads * self.head_dim
-        q = F.linear(x, self.qkv.weight[:own]).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        kv = F.linear(source, self.qkv.weight[own:]).unflatten(2, (2 * self.kv_heads, -1)).transpose(1, 2)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x, weight[:own], None if bias is None else bias[:own])
+        kv = F.linear(source, weight[own:], None if bias is None else bias[own:])
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        kv = kv.unflatten(2, (2 * self.kv_heads, -1)).transpose(1, 2)
         k, v = kv.split(self.kv_heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

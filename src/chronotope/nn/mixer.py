@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from chronotope.carried import Carried
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
+from chronotope.position import Places
 
 Context = Tensor | tuple[Tensor, Grid]
 
@@ -51,7 +53,15 @@ class Mixer(nn.Module):
 
     Law: stepping over the slices of the first axis gives what `forward` gives on all of them, wherever the mixer is
     causal on that axis; where it is not, `init_state` says why.
+
+    A mixer with a position code takes, in `forward` and in `step`, the keyword `coords`: where the tokens after the
+    prefix are, if not where the grid says (`ct.Rope`). It names the axes of its code in `placed`.
     """
+
+    @property
+    def placed(self) -> tuple[str, ...]:
+        """The axes on which `coords` can say where tokens are; none: the mixer takes no coords."""
+        return ()
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None) -> Float[Tensor, "b n c"]:
@@ -64,6 +74,44 @@ class Mixer(nn.Module):
     @abstractmethod
     def step(self, x: Float[Tensor, "b s c"], state: Any) -> tuple[Float[Tensor, "b s c"], State]:
         """The next slice, and the state after it. The state given is left as it was."""
+
+
+class Whole(Mixer):
+    """A mixer of whole clips: it cannot be stepped, and says why."""
+
+    why: ClassVar[str]
+    """What a slice would lack."""
+
+    def init_state(self, batch: int, grid: Grid) -> NoReturn:
+        """Raises ChronotopeError."""
+        raise ChronotopeError(f"{type(self).__name__} cannot be stepped: {self.why}. Call forward on the whole.")
+
+    def step(self, x: Float[Tensor, "b s c"], state: Any) -> NoReturn:
+        """Raises ChronotopeError, as `init_state`."""
+        self.init_state(len(x), Grid(n=1))
+
+
+def placed_by(mixers: Iterable[Mixer]) -> tuple[str, ...]:
+    """The axes that some of them know."""
+    return tuple(dict.fromkeys(axis for mixer in mixers for axis in mixer.placed))
+
+
+def require_placed(known: tuple[str, ...], coords: Places | None, what: str) -> None:
+    """Raises ChronotopeError where coords say something that nobody would hear."""
+    unknown = [axis for axis in coords if axis not in known] if isinstance(coords, Mapping) else []
+    if unknown or (coords is not None and not known):
+        raise ChronotopeError(
+            f"{what}: coords{f' for {unknown}' if unknown else ''}, but its position codes are over the axes "
+            f"{list(known)}; give a layer a position code over them, such as position=ct.Rope(('n', 'time'))."
+        )
+
+
+def coords_for(mixer: Mixer, coords: Places | None) -> dict[str, Places]:
+    """`{"coords": ...}` with those that the mixer knows, or nothing."""
+    if isinstance(coords, Mapping):
+        own = {axis: x for axis, x in coords.items() if axis in mixer.placed}
+        return {"coords": own} if own else {}
+    return {"coords": coords} if coords is not None and mixer.placed else {}
 
 
 def require_slice(grid: Grid) -> None:

@@ -18,6 +18,7 @@ class PatchEmbed(nn.Module):
         dim: channels of a token.
         patch: (pt, ph, pw), or p for (1, p, p).
         channels: channels of the clip.
+        norm: whether a LayerNorm comes before the matrix and another one after it.
 
     Example:
         >>> embed = PatchEmbed(64, patch=4, channels=3)
@@ -28,11 +29,13 @@ class PatchEmbed(nn.Module):
     Source: Arnab et al. 2021 (arXiv 2103.15691), tubelets.
     """
 
-    def __init__(self, dim: int, patch: Patch = 4, channels: int = 1):
+    def __init__(self, dim: int, patch: Patch = 4, channels: int = 1, *, norm: bool = False):
         super().__init__()
         self.patch, self.channels = whole_patch(patch), channels
         pt, ph, pw = self.patch
-        self.project = nn.Linear(channels * pt * ph * pw, dim)
+        size = channels * pt * ph * pw
+        matrix = nn.Linear(size, dim)
+        self.project = nn.Sequential(nn.LayerNorm(size), matrix, nn.LayerNorm(dim)) if norm else matrix
 
     def grid(self, clips: Tensor) -> Grid:
         """The grid of the tokens of clips [B, T, C, H, W]. Raises ChronotopeError where sizes do not divide."""

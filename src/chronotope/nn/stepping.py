@@ -116,17 +116,18 @@ def _dense(
     if score is not None:
         score = score.to(q.dtype)
         mask = score if mask is None else score.masked_fill(~mask, -torch.inf)
-    # The query heads that share a key head lie in the rows, so keys are read once; places count as heads.
-    group = (key_heads, heads // key_heads, places)
-    rows = q.reshape(batch, *group, -1, d).transpose(2, 3).reshape(batch, key_heads * places, -1, d)
-    if mask is not None and places == 1 and mask.ndim == 3:
-        mask = mask.repeat(1, group[1], 1)  # one for all key heads
+    # The query heads that share a key head lie in the rows, so keys are read once; places count as heads, and key heads
+    # as members of the batch, so that keys cached slice by slice are read where they lie.
+    group = heads // key_heads
+    rows = q.reshape(batch, key_heads, group, places, -1, d).transpose(2, 3).flatten(3, 4).flatten(0, 1)
+    if mask is not None and mask.ndim == 3:  # one for all heads
+        mask = mask.repeat(1, group, 1)[None]
     elif mask is not None:
-        mask = mask.expand(heads, *mask.shape[-3:])
-        mask = mask.reshape(*group, *mask.shape[-2:]).transpose(1, 2).reshape(key_heads * places, -1, k.shape[3])
+        mask = mask.expand(heads, *mask.shape[-3:]).unflatten(0, (key_heads, group)).transpose(1, 2).flatten(2, 3)
+        mask = mask.repeat(batch, 1, 1, 1)
     attend = F.scaled_dot_product_attention if softcap is None else _Capped(softcap)
-    out = attend(rows, k.flatten(1, 2), v.flatten(1, 2), attn_mask=None if mask is None else mask[None])
-    out = out.reshape(batch, key_heads, places, group[1], -1, d).transpose(2, 3).reshape(q.shape)
+    out = attend(rows, k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
+    out = out.reshape(batch, key_heads, places, group, -1, d).transpose(2, 3).reshape(q.shape)
     return torch.where(sighted.flatten(-2)[..., None], out, 0.0) if blind else out
 
 

@@ -22,6 +22,8 @@ SUMMARY = """## In one table
 
 Of ours the model that validated best, beside the best floor and the best published number.
 """
+LARGER = ("accuracy",)
+"""Metrics of which more is better, where models are not chosen by them."""
 One = TypeVar("One")
 
 
@@ -34,12 +36,13 @@ def results_page(results: Sequence[Result]) -> str:
 
 def result_table(result: Result) -> Table:
     """The test metrics of one run beside floors and published numbers, for a terminal."""
-    table = Table(result.task, *result.test)
+    columns = list(result.test)
+    table = Table(result.task, *columns)
     rows: list[tuple[str, Mapping[str, float]]] = [(f"{result.model}, seed {result.seed}", result.test)]
     rows += [(f"floor: {name}", numbers) for name, numbers in result.floors.items()]
     rows += [(f"published: {one['name']}", one["numbers"]) for one in result.published]
     for name, numbers in rows:
-        table.add_row(name, *_cells(numbers, list(result.test)))
+        table.add_row(name, *_cells(numbers, columns))
     return table
 
 
@@ -94,15 +97,31 @@ class Problem:
             out.append(Trained(f"{runs[0].model} ({options})" if options else runs[0].model, runs))
         return out
 
-    def best(self, rows: Iterable[tuple[str, float | int]]) -> tuple[str, float | int] | None:
+    @property
+    def columns(self) -> list[str]:
+        """The metrics of models, then those that floors alone are told by."""
+        told = [self.first.test, *self.first.floors.values()]
+        return list(dict.fromkeys(metric for numbers in told for metric in numbers))
+
+    @property
+    def metric(self) -> str:
+        """That by which models are chosen; where neither floors nor others tell it, the first one."""
+        told = [*self.first.floors.values(), *(one["numbers"] for one in self.first.published)]
+        return self.first.best if any(self.first.best in numbers for numbers in told) else next(iter(self.first.test))
+
+    def better(self, rows: Iterable[tuple[str, float | int]]) -> tuple[str, float | int] | None:
         """The row of the best number."""
-        return (max if self.first.larger else min)(rows, key=lambda row: row[1], default=None)
+        larger = self.first.larger if self.metric == self.first.best else self.metric in LARGER
+        return (max if larger else min)(rows, key=lambda row: row[1], default=None)
 
     def section(self) -> str:
         """Heading, protocol, a row for each model, floor and published number, sources."""
-        first, columns = self.first, list(self.first.test)
+        first, columns = self.first, self.columns
         rows = [["", *columns, "parameters", "minutes", "seeds"], ["---", *["---:"] * (len(columns) + 3)]]
-        rows += [[f"**{one.name}**", *(_spread(one.values(c)) for c in columns), *one.cells] for one in self.trained]
+        rows += [
+            [f"**{one.name}**", *(_spread(one.values(c)) if c in first.test else "" for c in columns), *one.cells]
+            for one in self.trained
+        ]
         rows += [[f"floor: {name}", *_cells(numbers, columns), "", "", ""] for name, numbers in first.floors.items()]
         sources: dict[str, list[str]] = {}
         for one in first.published:
@@ -119,11 +138,11 @@ class Problem:
 def _summary(problems: Sequence[Problem]) -> str:
     rows = [["task", "data", "metric", "ours", "model", "seeds", "floor", "published"], ["---"] * 8]
     for problem in problems:
-        first, metric = problem.first, problem.first.best
+        first, metric = problem.first, problem.metric
         ours = (max if first.larger else min)(problem.trained, key=lambda one: one.valid)
         floors = first.floors.items()
         rivals = [
-            problem.best((name, numbers[metric]) for name, numbers in some if metric in numbers)
+            problem.better((name, numbers[metric]) for name, numbers in some if metric in numbers)
             for some in (floors, [(one["name"], one["numbers"]) for one in first.published])
         ]
         cells = [f"{row[1]:.4f} ({row[0]})" if row else "" for row in rivals]

@@ -30,7 +30,12 @@ from chronotope.tasks.learning import TEST, VALID, Makes, Numbers, Schedule, Tas
 
 AT_ONCE = 128  # clips asked at once
 SEEDS = {VALID: 11, TEST: 12}
-KINDS = {"time": ("t hw", True), "frames": ("hw", True), "unordered": ("t hw", False)}
+KINDS = {
+    "time": ("t hw", True, False),
+    "frames": ("hw", True, False),
+    "unordered": ("t hw", False, False),
+    "token": ("t hw", True, True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class Motion(Task):
         "time": "attention along t, then along h and w",
         "frames": "attention along h and w only: frames apart, the mean of their logits",
         "unordered": "as time, which is not in the position code: frames as a set",
+        "token": "as time, read from a class token",
     }
 
     size: int = 7
@@ -123,5 +129,5 @@ class Motion(Task):
 
 def _classifier(task: Motion, kind: str, dim: int = 64, heads: int = 2, layers: int = 2, patch: int = 0) -> nn.Module:
     # A frame is one token unless told otherwise: pixels as tokens stay at a guess for more than 300 steps.
-    order, ordered = KINDS[kind]
-    return ClipClassifier(task.classes, patch or task.size, 1, dim, heads, layers, order, ordered)
+    order, ordered, token = KINDS[kind]
+    return ClipClassifier(task.classes, patch or task.size, 1, dim, heads, layers, order, ordered, token=token)

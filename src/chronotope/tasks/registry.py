@@ -8,10 +8,12 @@ from chronotope.planning.parse import unknown_name
 from chronotope.tasks.learning import Task
 
 TASKS = {
+    "chorales": "chronotope.tasks.chorales:ChoraleNotes",
     "classify": "chronotope.tasks.classify:Classify",
     "forecast": "chronotope.tasks.forecast:Forecast",
     "mocap": "chronotope.tasks.mocap:Mocap",
     "motion": "chronotope.tasks.motion_order:Motion",
+    "moving-digits": "chronotope.tasks.moving_digits:MovingDigits",
     "pedestrians": "chronotope.tasks.trajectories:Pedestrians",
     "recommend": "chronotope.tasks.recommend:Recommend",
     "traffic": "chronotope.tasks.traffic:TrafficSpeed",

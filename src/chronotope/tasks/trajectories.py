@@ -54,7 +54,8 @@ class Pedestrians(Task):
     """Coming places. `scene` is left out of training and tested on.
 
     `others`: how many people around somebody are looked at. `jitter`: the largest standard deviation, in metres, of the
-    noise on what is observed in training: scenes are annotated more and less exactly. `stretch`: windows are made
+    noise on what is observed in training: scenes are annotated more and less exactly, which only validation on a scene
+    that is left out as well shows, not the later part of scenes that are trained on. `stretch`: windows are made
     larger by up to exp(stretch), or as much smaller: scenes differ in speed.
     """
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import chronotope as ct
+from chronotope.nn import Modulation, TimeEmbedding
 from chronotope.papers.linear.arflow import HybridAttention, chunk_hybrid
 from chronotope.papers.linear.arflow_flow import ARFlow, flow_loss, sample, trajectory
-from chronotope.papers.linear.conditioning import AdaLN, TimeEmbedding, sincos
+from chronotope.papers.linear.conditioning import sincos
 
 
 def problem(grid, dtype, channelwise=False, seed=0, size=(6, 5)):
@@ -114,7 +115,7 @@ def lively(seed=0, **sizes):
     torch.manual_seed(seed)
     model = ARFlow(**{"dim": 16, "depth": 2, "heads": 2, "classes": 3, "patch": 2, "channels": 2} | sizes).eval()
     for layer in model.modules():
-        if isinstance(layer, AdaLN):
+        if isinstance(layer, Modulation):
             torch.nn.init.normal_(layer.modulation.weight, std=0.3)
     torch.nn.init.normal_(model.modulation.weight, std=0.3)
     torch.nn.init.normal_(model.unpatch.project.weight, std=0.3)
@@ -173,7 +174,7 @@ def test_parts_of_the_model():
     assert len(sincos(ct.Grid(h=3, w=5), 16).unique(dim=0)) == 15
     assert TimeEmbedding(8)(torch.rand(2, 3)).shape == (2, 3, 8)
     x, condition = torch.randn(1, 6, 4), torch.randn(1, 2, 4)
-    assert torch.equal(AdaLN(4)(x, condition, torch.sin), x)
+    assert torch.equal(Modulation(4)(x, condition, torch.sin), x)
     model = ARFlow(dim=16, depth=1, heads=2, classes=3, channels=2)
     assert not model(torch.randn(1, 2, 2, 4, 4), torch.rand(1, 2), torch.tensor([1])).any()
     loss = flow_loss(lively().train(), torch.randn(2, 3, 2, 4, 4), torch.tensor([1, 2]))
@@ -183,7 +184,7 @@ def test_parts_of_the_model():
     with pytest.raises(ct.ChronotopeError, match="that of one"):
         HybridAttention(8, 2).init_state(1, ct.Grid(t=2, n=4))
     with pytest.raises(ct.ChronotopeError, match="not a multiple of 4"):
-        AdaLN(4)(x, torch.randn(1, 4, 4), torch.sin)
+        Modulation(4)(x, torch.randn(1, 4, 4), torch.sin)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import chronotope as ct
-from chronotope.papers.linear.convs5 import ConvS5, conv_recurrence
+from chronotope.nn.conv_space import conv_recurrence
+from chronotope.papers.linear.convs5 import ConvS5
 
 # Inputs and outputs of apply_convSSM_parallel of NVlabs/ConvSSM at cb08bb3, run with jax 0.10.2 on a CPU.
 OFFICIAL = Path(__file__).parents[2] / "data" / "convs5.npz"
@@ -99,12 +100,12 @@ def toeplitz(kernel, size):
 
 
 def test_it_is_a_dense_state_space_on_the_flattened_maps():
-    size, layer = (4, 5), made(torch.float64)
+    size, space = (4, 5), made(torch.float64).space
     u = random(1, 1, 10, 6, *size)
     with torch.no_grad():
-        y, _ = layer.space(u)
-        rate, write, read = (torch.view_as_complex(x.detach()) for x in (layer.rate, layer.write, layer.read))
-        step = layer.log_step.exp()
+        y, _ = space.maps(u)
+        rate, write, read = (torch.view_as_complex(x.detach()) for x in (space.rate, space.write, space.read))
+        step = space.log_step.exp()
         # Held in continuous time by the matrix exponential, the states of one channel side by side.
         places = torch.ones(size[0] * size[1], dtype=torch.float64)
         moved = torch.kron(rate * step, places)
@@ -112,7 +113,7 @@ def test_it_is_a_dense_state_space_on_the_flattened_maps():
         dense[: len(moved), : len(moved)] = torch.diag(moved)
         dense[: len(moved), len(moved) :] = torch.diag(torch.kron(step, places))
         a, gain = torch.linalg.matrix_exp(dense)[: len(moved)].split(len(moved), 1)
-        b, c, d = toeplitz(write, size), toeplitz(read, size), toeplitz(layer.skip.weight, size)
+        b, c, d = toeplitz(write, size), toeplitz(read, size), toeplitz(space.skip.weight, size)
         x = torch.zeros(len(moved), dtype=rate.dtype)
         for t in range(10):
             x = a @ x + gain @ b @ u[0, t].flatten().to(x.dtype)
@@ -163,8 +164,8 @@ def test_every_parameter_learns_and_rates_stay_negative():
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     with torch.no_grad():
-        layer.rate[..., 0] = 5.0
-        y, _ = layer.space(random(3, 1, 300, 6, 2, 2, dtype=torch.float32))
+        layer.space.rate[..., 0] = 5.0
+        y, _ = layer.space.maps(random(3, 1, 300, 6, 2, 2, dtype=torch.float32))
     assert y.isfinite().all() and y.abs().max() < 1e3
 
 

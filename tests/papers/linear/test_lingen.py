@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import chronotope as ct
-from chronotope.papers.linear.conditioning import TimeEmbedding, sincos
+from chronotope.nn import TimeEmbedding
+from chronotope.papers.linear.conditioning import sincos
 from chronotope.papers.linear.lingen import MAJORS, MATE, LinGenBlock, MajorScan, major
 
 

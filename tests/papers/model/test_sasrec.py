@@ -18,12 +18,14 @@ from torch.nn import functional as F
 import chronotope as ct
 from chronotope.data.interactions import Sequences
 from chronotope.errors import ChronotopeError
+from chronotope.nn.ragged import Ragged
 from chronotope.papers.model.sasrec import FEW, SASBlock, SASRec, gbce
 from chronotope.tasks.learning import Result, learn, settle
 from chronotope.tasks.recommend import Recommend, padded, ranked
 
 REAL = Path(os.environ.get("CHRONOTOPE_DATA", Path(__file__).parents[4] / "shared" / "data"))
 ITEMS, LENGTH = 30, 12
+PAPERS = ["dim=50", "batch=128", "rate=1e-3", "beta2=0.98", "warmup=0", "falls=false", "every=100"]
 
 
 def made(seed: int = 0, **options: object) -> SASRec:
@@ -190,7 +192,7 @@ def write(path: Path, rows: Tensor) -> Path:
 
 
 def trained(data: Path, out: Path, *texts: str, model: str = "sasrec") -> tuple[Recommend, SASRec, Result]:
-    settled = settle(Recommend, data, model, ["dim=50", "beta2=0.98", "every=100", *texts])
+    settled = settle(Recommend, data, model, [*PAPERS, *texts])
     result = learn(settled, out, Console(file=io.StringIO()))
     return settled.task, SASRec.from_pretrained(out / "model").eval(), result
 
@@ -201,8 +203,9 @@ def looks(model: SASRec, rows: list[Tensor]) -> Tensor:
     items, lengths = padded(rows)
     n, found = items.shape[1], []
 
-    def watch(block: SASBlock, given: tuple[Tensor], _: Tensor) -> None:
-        q, k = block.q(block.norms[0](given[0])), block.k(given[0])
+    def watch(block: SASBlock, given: tuple[Tensor, Ragged], _: Tensor) -> None:
+        x = given[0].unflatten(0, (len(rows), n))  # of equal length
+        q, k = block.q(block.norms[0](x)), block.k(x)
         own = torch.eye(n).expand(len(q), 1, n, n)  # as values, these give the weights
         weights = ct.attention(q[:, None], k[:, None], own, grid=ct.Grid(n=n), where=ct.causal())
         found.append(weights[:, 0, -1].mean(0).flip(0))

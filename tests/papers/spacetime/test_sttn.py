@@ -181,7 +181,7 @@ def test_missing_readings_are_seen_by_nobody(space):
 def test_windows_are_run_again_and_wrong_sizes_refused(tmp_path):
     model, x = small(mean=1.0), tokens(2, STEPS, NODES, 1)
     for layer in model.blocks:
-        with pytest.raises(ct.ChronotopeError, match="cannot be stepped: run the model on the window"):
+        with pytest.raises(ct.ChronotopeError, match="cannot be stepped"):
             layer.init_state(1, ct.Grid(t=1, v=NODES))
     with pytest.raises(ct.ChronotopeError, match=rf"expected \[B, {STEPS}, {NODES}, C\]"):
         model(x[:, :2])
@@ -191,18 +191,15 @@ def test_windows_are_run_again_and_wrong_sizes_refused(tmp_path):
     assert torch.equal(STTN.from_pretrained(tmp_path)(x), model(x))
 
 
-NOISE, RATE = 0.2, 5e-3
-SHARE = 0.93
-"""Of the errors of the convolution, at most. Found 0.89, 0.91, 0.87; 0.85 is not reached, and the page says so."""
+NOISE, RATE, SHARE = 0.2, 5e-3, 0.85
 
 
 def system(steps, nodes=16, degree=3):
     """x_i' = 0.4 x_i + 2 tanh(sum_j w_ij s_j sigmoid(3 x_m(j)) x_j / sqrt(3)) + noise, m(j): a neighbour of the sender.
 
     s_j: a sign of each sender. Every node hears three others. Returns the states [steps, nodes], and w. Who knows all
-    of this errs by 0.156, 0.209, 0.252 at steps 1 to 3: no less than 0.70 of what the convolution does. Of 16 systems
-    that were tried, most for 300 to 600 steps, this one lets attention gain most; in those without signs, or where
-    all nodes are alike on a ring, the convolution does about as well.
+    of this errs by 0.156, 0.209, 0.252 at steps 1 to 3. Of 16 systems that were tried with two blocks, this one lets
+    attention gain most; in those without signs, or where all nodes are alike on a ring, the convolution does as well.
     """
     rng = torch.Generator().manual_seed(0)
     weights = torch.zeros(nodes, nodes)
@@ -221,11 +218,15 @@ def system(steps, nodes=16, degree=3):
     return torch.stack(out[100:]), weights
 
 
-def forecast_errors(space, data, weights, steps=1500, batch=16, rate=RATE):
-    """MAE at steps 1, 2, 3 after a training of one side of the gate, of both, or of time alone."""
+def forecast_errors(space, data, weights, steps=900, batch=16, rate=RATE):
+    """MAE at steps 1, 2, 3 after a training of one side of the gate, of both, or of time alone.
+
+    One block, as in the released code. With two (1,500 steps) 0.89, 0.91, 0.87 of the convolution's errors are left:
+    what the first block's MLP multiplied, the convolution of the second can carry.
+    """
     train, test = data[:13000], data[13000:]
     torch.manual_seed(0)
-    sizes = {"dim": 32, "heads": 4, "blocks": 2, "hidden": 64, "space": space}
+    sizes = {"dim": 32, "heads": 4, "blocks": 1, "hidden": 64, "space": space}
     model = STTN(weights.tolist(), 12, 3, mean=float(train.mean()), std=float(train.std()), **sizes)
     opt = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
     course = torch.optim.lr_scheduler.OneCycleLR(opt, rate, total_steps=steps)
@@ -247,4 +248,4 @@ def test_edges_that_change_are_what_attention_over_sensors_is_for(one_thread):
     found = {space: forecast_errors(space, data, weights) for space in ("none", "graph", "gated")}
     print(*(f"{space} {[round(x, 3) for x in mae.tolist()]}" for space, mae in found.items()), sep="\n")
     assert (found["gated"] <= SHARE * found["graph"]).all()
-    assert (found["graph"] <= 0.85 * found["none"]).all()
+    assert (found["graph"] <= SHARE * found["none"]).all()

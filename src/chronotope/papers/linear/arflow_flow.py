@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from chronotope.grid import Grid
 from chronotope.nn import FeedForward, PatchEmbed, States, Unpatch
+from chronotope.nn.modulation import LabelEmbedding, Modulation, TimeEmbedding
 from chronotope.papers.linear.arflow import HybridAttention, HybridState
-from chronotope.papers.linear.conditioning import AdaLN, LabelEmbedding, TimeEmbedding, sincos
+from chronotope.papers.linear.conditioning import sincos
 
 
 class FlowBlock(nn.Module):
@@ -27,7 +28,7 @@ class FlowBlock(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.mixer, self.mlp = HybridAttention(dim, heads), FeedForward(dim, "gelu")
-        self.steer = nn.ModuleList([AdaLN(dim), AdaLN(dim)])
+        self.steer = nn.ModuleList([Modulation(dim), Modulation(dim)])
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid, condition: Float[Tensor, "b s c"]) -> Tensor:
         """All images at once."""

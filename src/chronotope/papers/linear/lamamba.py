@@ -28,7 +28,6 @@ Mamba", arXiv 2408.02615.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,9 +37,9 @@ from torch.nn import functional as F
 from chronotope.bias import RelativeBias
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.nn import Attention, FeedForward, Mixer
+from chronotope.nn import Attention, FeedForward, Whole
 from chronotope.nn.mixer import Context, require_tokens
-from chronotope.papers.linear.conditioning import AdaLN
+from chronotope.nn.modulation import Modulation
 from chronotope.papers.registry import paper
 from chronotope.patterns import blocks
 from chronotope.recurrences.orders import Order, scan_order
@@ -83,8 +82,10 @@ class Selective(nn.Module):
         return y.to(u.dtype) + self.skip * u, after
 
 
-class Scan2d(Mixer):
+class Scan2d(Whole):
     """The scan along four snakes, in a gated layer. It sees the whole image: it cannot be stepped."""
+
+    why = "its paths go through the image in all directions"
 
     def __init__(self, dim: int, states: int = 1, expand: int = 2):
         super().__init__()
@@ -107,14 +108,6 @@ class Scan2d(Mixer):
         y = torch.stack([order.undo(scan(order(u))[0]) for order, scan in paths]).sum(0)
         return self.out(self.norm(y) * F.silu(z))
 
-    def init_state(self, batch: int, grid: Grid) -> Any:
-        """Raises ChronotopeError."""
-        raise ChronotopeError("Scan2d cannot be stepped: its paths go through the image in all directions.")
-
-    def step(self, x: Float[Tensor, "b s c"], state: Any) -> tuple[Float[Tensor, "b s c"], Any]:
-        """Never reached: there is no state."""
-        raise ChronotopeError("Scan2d cannot be stepped: its paths go through the image in all directions.")
-
 
 @paper(
     system=26,
@@ -124,7 +117,7 @@ class Scan2d(Mixer):
     evidence=["tests/papers/linear/test_lamamba.py"],
     missing="the ablation on textures (scan and windows 10% below either alone) is not trained here; ImageNet",
 )
-class LaMambaBlock(Mixer):
+class LaMambaBlock(Whole):
     """Scan, window attention and feed-forward on Grid(h, w), each steered by the condition, which is the context.
 
     Args:
@@ -134,6 +127,8 @@ class LaMambaBlock(Mixer):
         states, expand: states of a channel, and inner channels over dim, of the scan.
         parts: what the block has of "scan" and "window"; for ablation.
     """
+
+    why = "every token sees the whole image"
 
     def __init__(
         self, dim: int, heads: int, *, shift: bool = False, window: int = 8, states: int = 1, expand: int = 2,
@@ -151,7 +146,7 @@ class LaMambaBlock(Mixer):
         }
         self.mixers = nn.ModuleList(made[part]() for part in made if part in parts)
         self.mlp = FeedForward(dim, "gelu")
-        self.steer = nn.ModuleList(AdaLN(dim) for _ in range(len(self.mixers) + 1))
+        self.steer = nn.ModuleList(Modulation(dim) for _ in range(len(self.mixers) + 1))
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid, context: Context | None = None) -> Float[Tensor, "b n c"]:
         """All tokens of an image; context: the condition [B, 1, C]."""
@@ -160,11 +155,3 @@ class LaMambaBlock(Mixer):
         for mixer, steer in zip(self.mixers, self.steer, strict=False):
             x = steer(x, context, lambda y, mixer=mixer: mixer(y, grid))
         return self.steer[-1](x, context, self.mlp)  # type: ignore[no-any-return]
-
-    def init_state(self, batch: int, grid: Grid) -> Any:
-        """Raises ChronotopeError."""
-        raise ChronotopeError("LaMambaBlock cannot be stepped: every token sees the whole image.")
-
-    def step(self, x: Float[Tensor, "b s c"], state: Any) -> tuple[Float[Tensor, "b s c"], Any]:
-        """Never reached: there is no state."""
-        raise ChronotopeError("LaMambaBlock cannot be stepped: every token sees the whole image.")

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.papers.linear.conditioning import LabelEmbedding, TimeEmbedding, sincos
+from chronotope.nn.modulation import LabelEmbedding, TimeEmbedding
+from chronotope.papers.linear.conditioning import sincos
 from chronotope.papers.linear.lamamba import LaMambaBlock
 
 

@@ -37,10 +37,10 @@ from torch.nn import functional as F
 from chronotope.bias import RelativeBias
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.nn import Attention, FeedForward, Mixer
+from chronotope.nn import Attention, FeedForward, Mixer, Whole
 from chronotope.nn.mixer import Context, require_slice, require_tokens
+from chronotope.nn.modulation import Modulation
 from chronotope.nn.spaces import Mamba2, SpaceState
-from chronotope.papers.linear.conditioning import AdaLN
 from chronotope.papers.registry import paper
 from chronotope.patterns import blocks
 from chronotope.recurrences.orders import Order, scan_order
@@ -123,7 +123,7 @@ class MajorScan(Mixer):
     evidence=["tests/papers/linear/test_lingen.py"],
     missing="denoising moving shapes: loss 0.277, full attention 0.422, the scan alone 0.279, not 10% above it",
 )
-class MATE(Mixer):
+class MATE(Whole):
     """MA + TE on Grid(t, h, w), in place of self-attention.
 
     Args:
@@ -131,6 +131,8 @@ class MATE(Mixer):
         window: sizes of a window on t, h, w.
         scan: further arguments of `MajorScan`.
     """
+
+    why = "its windows and its scan look ahead; a MajorScan alone can be"
 
     def __init__(
         self, dim: int, heads: int, layer: int = 0, *, window: tuple[int, int, int] = (4, 4, 4),
@@ -148,14 +150,6 @@ class MATE(Mixer):
         """All tokens of a clip. Takes no context."""
         return self.scan(x, grid, context) + self.near(x, grid)
 
-    def init_state(self, batch: int, grid: Grid) -> Any:
-        """Raises ChronotopeError."""
-        raise ChronotopeError("MATE cannot be stepped: its windows and its scan look ahead. A MajorScan alone can.")
-
-    def step(self, x: Float[Tensor, "b s c"], state: Any) -> tuple[Float[Tensor, "b s c"], Any]:
-        """Never reached: there is no state."""
-        raise ChronotopeError("MATE cannot be stepped: its windows and its scan look ahead. A MajorScan alone can.")
-
 
 class LinGenBlock(nn.Module):
     """MATE steered by a condition, attention over the text, a steered feed-forward."""
@@ -163,7 +157,7 @@ class LinGenBlock(nn.Module):
     def __init__(self, dim: int, heads: int, layer: int, **options: Any):
         super().__init__()
         self.mate, self.text = MATE(dim, heads, layer, **options), Attention(dim, heads)
-        self.mlp, self.steer = FeedForward(dim, "gelu"), nn.ModuleList([AdaLN(dim), AdaLN(dim)])
+        self.mlp, self.steer = FeedForward(dim, "gelu"), nn.ModuleList([Modulation(dim), Modulation(dim)])
 
     def forward(
         self, x: Float[Tensor, "b n c"], grid: Grid, condition: Float[Tensor, "b one c"], text: Float[Tensor, "b m c"]

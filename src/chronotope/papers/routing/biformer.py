@@ -28,7 +28,6 @@ Paper: Zhu et al. 2023, "BiFormer: Vision Transformer with Bi-Level Routing Atte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from chronotope.attention import attention
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.nn import Mixer
+from chronotope.nn import Whole
 from chronotope.nn.mixer import Context, require_tokens
 from chronotope.papers.registry import paper
 from chronotope.patterns import Pattern, full
@@ -66,7 +65,7 @@ def bilevel(grid: Grid, topk: int | None, regions: Mapping[str, int] = REGIONS) 
     claim="regions choose the regions whose mean key answers their mean query best; dense attention inside the choice",
     evidence=["tests/papers/routing/test_biformer.py"],
 )
-class BiLevelRoutingAttention(Mixer):
+class BiLevelRoutingAttention(Whole):
     """Projections, `bilevel`, and the local context of v, on a grid whose last axes are h, w.
 
     Args:
@@ -76,6 +75,8 @@ class BiLevelRoutingAttention(Mixer):
         kernel: side of the depthwise convolution of v, an odd number; 0: none.
         scale: of the logits; default 1 / sqrt(dim / heads).
     """
+
+    why = "regions look at regions anywhere in the map, and choose them by means over all of it"
 
     def __init__(
         self,
@@ -112,14 +113,3 @@ class BiLevelRoutingAttention(Mixer):
         assert self.local is not None
         maps = v.view(-1, *grid.shape[-2:], self.dim).permute(0, 3, 1, 2)
         return self.local(maps).permute(0, 2, 3, 1).reshape(v.shape)
-
-    def init_state(self, batch: int, grid: Grid) -> NoReturn:
-        """Raises ChronotopeError: regions look anywhere, and choose by means over the whole map."""
-        raise ChronotopeError(
-            "BiLevelRoutingAttention cannot be stepped: regions look at regions anywhere in the map, and choose them "
-            "by their means, which take the whole map."
-        )
-
-    def step(self, x: Float[Tensor, "b s c"], state: object) -> NoReturn:
-        """Raises ChronotopeError, as `init_state`."""
-        self.init_state(len(x), Grid(n=x.shape[1]))

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from chronotope.attention import attention
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
-from chronotope.nn.mixer import Context, Mixer, State, require_tokens
+from chronotope.nn.mixer import Context, Whole, require_tokens
 from chronotope.papers.registry import paper
 from chronotope.routing.gathered import gathered
 from chronotope.routing.predictors import LowRank
@@ -50,7 +50,7 @@ from chronotope.routing.selections import kept_of, require_keep
     claim="a learned low-rank predictor says which keys each query keeps, without the products of queries and keys",
     evidence=["tests/papers/routing/test_sparsifiner.py"],
 )
-class Sparsifiner(Mixer):
+class Sparsifiner(Whole):
     """y = W_o attention(q, k, v), each query over the keys that its head predicts to matter.
 
     Args:
@@ -64,6 +64,8 @@ class Sparsifiner(Mixer):
 
     `sparse`: an attribute; False computes dense attention, as in the epochs in which the predictor learns.
     """
+
+    why = "its predictor mixes all tokens"
 
     def __init__(
         self,
@@ -139,11 +141,3 @@ class Sparsifiner(Mixer):
             q, k = q.detach(), k.detach()
             truth = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[3])).softmax(-1)
         return (self.predict(q, k) - truth)[:, :, self.dense :].square().mean()
-
-    def init_state(self, batch: int, grid: Grid) -> State:
-        """Raises ChronotopeError: choices depend on all tokens."""
-        raise ChronotopeError("Sparsifiner cannot be stepped: its predictor mixes all tokens. Call forward on all.")
-
-    def step(self, x: Float[Tensor, "b s c"], state: State) -> tuple[Float[Tensor, "b s c"], State]:
-        """Never reached: there is no state."""
-        raise ChronotopeError("Sparsifiner cannot be stepped: its predictor mixes all tokens. Call forward on all.")

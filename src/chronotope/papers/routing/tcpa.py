@@ -41,7 +41,7 @@ from chronotope.grid import Grid
 from chronotope.merge import merge
 from chronotope.nn.attention import Attention
 from chronotope.nn.block import Block, Stack
-from chronotope.nn.mixer import Context, Mixer, require_tokens
+from chronotope.nn.mixer import Context, Whole, require_tokens
 from chronotope.papers.registry import paper
 from chronotope.patterns import Route
 from chronotope.routing import route
@@ -101,7 +101,7 @@ class PromptRouter(nn.Module):
     claim="prompt tuning of a frozen model in which every token attends to prompts chosen by its own features",
     evidence=["tests/papers/routing/test_tcpa.py"],
 )
-class TCPA(Mixer):
+class TCPA(Whole):
     """A stack of blocks, frozen from here on, whose attention layers have prompts.
 
     Args:
@@ -110,6 +110,8 @@ class TCPA(Mixer):
         mask: "pre" or "post", see above.
         shared: one pool for class tokens and patches.
     """
+
+    why = "its class token sees every patch"
 
     def __init__(
         self, stack: Stack, entries: int = 20, length: int = 4, keep: int = 3, mask: str = "pre", shared: bool = False
@@ -147,14 +149,6 @@ class TCPA(Mixer):
         if context is not None:
             raise ChronotopeError("TCPA takes no context: its prompts are what tokens see beside themselves.")
         return self.prompted(x, grid)[0]
-
-    def init_state(self, batch: int, grid: Grid) -> None:  # type: ignore[override]
-        """Raises ChronotopeError: images have no order."""
-        raise ChronotopeError("TCPA cannot be stepped: its class token sees every patch. Call forward.")
-
-    def step(self, x: Float[Tensor, "b s c"], state: None) -> tuple[Float[Tensor, "b s c"], None]:  # type: ignore[override]
-        """Never reached: there is no state."""
-        raise ChronotopeError("TCPA cannot be stepped: its class token sees every patch. Call forward.")
 
     def _attend(
         self, block: Block, pools: list[PromptRouter], x: Tensor, grid: Grid, generator: torch.Generator | None

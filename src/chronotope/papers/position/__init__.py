@@ -1,0 +1,1 @@
+"""Pages of mechanisms that tell attention where tokens are."""
