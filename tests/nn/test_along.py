@@ -9,6 +9,7 @@ import chronotope as ct
 from chronotope import Grid
 from chronotope.errors import ChronotopeError
 from chronotope.nn import S4D, S5, Along, Attention, Block, Mamba, Mamba2, Recurrence, Stack
+from stepping import stepped, tokens
 
 SEQUENCES = {
     "s4d": lambda: S4D(8, 4),
@@ -19,19 +20,6 @@ SEQUENCES = {
 }
 
 
-def tokens(grid, dim=8, batch=2, seed=0):
-    return torch.randn(batch, grid.size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def stepped(layer, x, grid):
-    one = grid.replace(**{grid.axes[0]: 1})
-    state, out = layer.init_state(x.shape[0], one), []
-    for part in x.split(one.size, 1):
-        y, state = layer.step(part, state)
-        out.append(y)
-    return torch.cat(out, 1), state
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(*[st.integers(1, 3)] * 3),
@@ -40,7 +28,7 @@ def stepped(layer, x, grid):
 def test_lines_are_run_by_themselves(shape, axes):
     torch.manual_seed(0)
     grid = Grid(**dict(zip("thw", shape, strict=True)))
-    mixer, x = Recurrence(8, 2).double(), tokens(grid)
+    mixer, x = Recurrence(8, 2).double(), tokens(grid, 8)
     out = Along(mixer, *axes)(x, grid)
     places = grid.coords()
     keys = [i for i, axis in enumerate(grid.axes) if axis not in axes]
@@ -51,7 +39,7 @@ def test_lines_are_run_by_themselves(shape, axes):
 
 def test_it_says_what_along_of_a_recurrence_says():
     grid = Grid(t=4, h=2, w=3)
-    mixer, x = Recurrence(8, 2).double(), tokens(grid)
+    mixer, x = Recurrence(8, 2).double(), tokens(grid, 8)
     out = Along(mixer, "h")(x, grid)
     mixer.along = "h"
     torch.testing.assert_close(out, mixer(x, grid))
@@ -62,7 +50,7 @@ def test_it_says_what_along_of_a_recurrence_says():
 def test_stepping_equals_forward(name, axes):
     torch.manual_seed(1)
     grid = Grid(t=4, h=2, w=3)
-    layer, x = Along(SEQUENCES[name](), *axes).double(), tokens(grid)
+    layer, x = Along(SEQUENCES[name](), *axes).double(), tokens(grid, 8)
     with torch.no_grad():
         out, state = stepped(layer, x, grid)
         torch.testing.assert_close(out, layer(x, grid), rtol=1e-6, atol=1e-8)
@@ -78,7 +66,7 @@ def test_time_by_state_and_space_by_attention_is_stepped_with_its_gradients():
     grid = Grid(t=3, h=2, w=2)
     space = Attention(8, 2, where=ct.along("h", "w"))
     stack = Stack([Block([Along(S5(8, 4), "t"), space]), Block([Recurrence(8, 2, along="t"), space])]).double()
-    x = tokens(grid).requires_grad_()
+    x = tokens(grid, 8).requires_grad_()
     inputs = [x, *stack.parameters()]
     expected = torch.autograd.grad(stack(x, grid).square().sum(), inputs)
     found = torch.autograd.grad(stepped(stack, x, grid)[0].square().sum(), inputs)
@@ -87,7 +75,7 @@ def test_time_by_state_and_space_by_attention_is_stepped_with_its_gradients():
 
 
 def test_what_is_refused():
-    grid, x = Grid(t=2, h=2), tokens(Grid(t=2, h=2))
+    grid, x = Grid(t=2, h=2), tokens(Grid(t=2, h=2), 8)
     for call, words in [
         (lambda: Along(Recurrence(8, 2)), "one axis or more"),
         (lambda: Along(Recurrence(8, 2), "w")(x, grid), "names 'w'"),

@@ -9,10 +9,7 @@ from chronotope import Grid
 from chronotope.errors import ChronotopeError
 from chronotope.nn import Attention
 from chronotope.position import Rope
-
-
-def tokens(grid, dim=12, batch=2, seed=0):
-    return torch.randn(batch, grid.size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from stepping import tokens
 
 
 def rms(x, weight):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import chronotope as ct
 from chronotope.nn import S5, Block, ConvSpace, Stack
 from chronotope.nn.conv_space import conv_recurrence
+from stepping import stepped
 
 
 def random(seed, *shape, dtype=torch.float64):
@@ -22,14 +23,6 @@ def random(seed, *shape, dtype=torch.float64):
 def made(dtype=torch.float64, **options):
     torch.manual_seed(0)
     return ConvSpace(6, 8, **options).to(dtype)
-
-
-def stepped(layer, x, grid):
-    state, out = layer.init_state(len(x), grid.replace(t=1)), []
-    for part in x.split(grid.size // grid.shape[0], 1):
-        y, state = layer.step(part, state)
-        out.append(y)
-    return torch.cat(out, 1), state
 
 
 def test_the_recurrence_frame_by_frame():

@@ -9,12 +9,9 @@ import chronotope as ct
 from chronotope import Grid, Rope
 from chronotope.errors import ChronotopeError
 from chronotope.nn import Attention, Block, Cross, Recurrence, Sinusoidal, Stack
+from stepping import tokens
 
 EVENTS = Grid(n=7)
-
-
-def tokens(grid, dim=12, batch=2, seed=0):
-    return torch.randn(batch, grid.size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def stamps(batch=2, n=7, seed=1):

@@ -10,19 +10,7 @@ from hypothesis import strategies as st
 from chronotope import Grid
 from chronotope.errors import ChronotopeError
 from chronotope.nn import Block, GridConv, Stack
-
-
-def tokens(grid, dim=4, batch=2, seed=0):
-    return torch.randn(batch, grid.size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def stepped(layer, x, grid):
-    one = grid.replace(**{grid.axes[0]: 1})
-    state, out = layer.init_state(x.shape[0], one), []
-    for part in x.split(one.size, 1):
-        y, state = layer.step(part, state)
-        out.append(y)
-    return torch.cat(out, 1), state
+from stepping import stepped, tokens
 
 
 def by_hand(layer, x, grid, dilation):
@@ -73,7 +61,7 @@ def test_stepping_equals_forward(shape, sizes, causal, dilated, depthwise, seed,
     dilation = {"t": dilated} if "t" in sizes else {}
     past = ("t",) if "t" in sizes else ()
     layer = GridConv(4, sizes, causal=past, dilation=dilation, depthwise=depthwise, residual=residual).double()
-    x = tokens(grid)
+    x = tokens(grid, 4)
     with torch.no_grad():
         out, state = stepped(layer, x, grid)
         torch.testing.assert_close(out, layer(x, grid))
@@ -92,7 +80,7 @@ def test_axes_may_stand_in_any_order_and_number(shape):
 def test_prefix_tokens_pass_and_nobody_sees_them():
     grid = Grid(t=3, h=2, prefix=2)
     for layer in (GridConv(4, {"t": 3, "h": 3}).double(), GridConv(4, {"h": 3}, residual=True).double()):
-        x = tokens(grid)
+        x = tokens(grid, 4)
         out = layer(x, grid)
         assert torch.equal(out[:, :2], x[:, :2])
         assert torch.equal(out[:, 2:], layer(x[:, 2:], Grid(t=3, h=2)))
@@ -111,24 +99,24 @@ def test_a_residual_convolution_tells_borders_from_the_middle():
 def test_gradients_of_stepping_are_those_of_forward():
     grid = Grid(t=4, h=3)
     stack = Stack([Block([GridConv(4, {"t": 2, "h": 3}, causal="t", depthwise=False)])]).double()
-    x = tokens(grid).requires_grad_()
+    x = tokens(grid, 4).requires_grad_()
     inputs = [x, *stack.parameters()]
     expected = torch.autograd.grad(stack(x, grid).square().sum(), inputs)
     found = torch.autograd.grad(stepped(stack, x, grid)[0].square().sum(), inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert torch.autograd.gradcheck(lambda y: stack(y, grid), (tokens(grid, batch=1).requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda y: stack(y, grid), (tokens(grid, 4, batch=1).requires_grad_(),))
 
 
 def test_stepping_under_autocast():
     grid = Grid(t=3, h=2)
-    layer, x = GridConv(4, {"t": 3, "h": 3}, causal="t"), tokens(grid).float()
+    layer, x = GridConv(4, {"t": 3, "h": 3}, causal="t"), tokens(grid, 4).float()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(stepped(layer, x, grid)[0], layer(x, grid))
 
 
 def test_what_is_refused():
-    grid, x = Grid(t=2, h=2), tokens(Grid(t=2, h=2))
+    grid, x = Grid(t=2, h=2), tokens(Grid(t=2, h=2), 4)
     for call, words in [
         (lambda: GridConv(4, {}), "one to three axes"),
         (lambda: GridConv(4, dict.fromkeys("abcd", 3)), "one to three axes"),

@@ -10,21 +10,9 @@ import chronotope as ct
 from chronotope import Grid
 from chronotope.errors import ChronotopeError
 from chronotope.nn import Attention, Block, Chain, Cross, GridConv, Learned, Stack, TemporalShift
+from stepping import stepped, tokens
 
 GRID = Grid(t=4, h=2, w=3)
-
-
-def tokens(grid=GRID, dim=16, batch=2):
-    return torch.randn(batch, grid.size, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def stepped(layer, x, grid=GRID):
-    one = grid.replace(**{grid.axes[0]: 1})
-    state, out = layer.init_state(x.shape[0], one), []
-    for part in x.split(one.size, 1):
-        y, state = layer.step(part, state)
-        out.append(y)
-    return torch.cat(out, 1), state
 
 
 @settings(max_examples=30, deadline=None)
@@ -52,8 +40,8 @@ def test_channels_come_from_the_neighbours(shape, axis, causal, count):
 
 @pytest.mark.parametrize("layer", [TemporalShift(16, causal=True), TemporalShift(16, axis="h")])
 def test_stepping_a_shift_equals_forward(layer):
-    x = tokens()
-    out, state = stepped(layer, x)
+    x = tokens(GRID, 16)
+    out, state = stepped(layer, x, GRID)
     assert torch.equal(out, layer(x, GRID))
     after, _ = layer.step(x[:, :6], state)
     again, _ = layer.step(x[:, :6], state)
@@ -62,7 +50,7 @@ def test_stepping_a_shift_equals_forward(layer):
 
 def test_prefix_tokens_pass():
     grid = Grid(t=3, h=2, prefix=1)
-    x = tokens(grid)
+    x = tokens(grid, 16)
     out = TemporalShift(16)(x, grid)
     assert torch.equal(out[:, :1], x[:, :1]) and torch.equal(out[:, 1:], TemporalShift(16)(x[:, 1:], Grid(t=3, h=2)))
 
@@ -79,7 +67,7 @@ def shifted_block():
 
 def test_a_chain_is_its_layers_one_after_the_other():
     torch.manual_seed(0)
-    block, x = shifted_block(), tokens()
+    block, x = shifted_block(), tokens(GRID, 16)
     shift, conv, _, last = block.mixers[0].layers
     expected = x + last(nn.functional.gelu(conv(shift(block.norms[0](x), GRID), GRID)))
     torch.testing.assert_close(block(x, GRID), expected)
@@ -87,9 +75,9 @@ def test_a_chain_is_its_layers_one_after_the_other():
 
 def test_a_stack_of_shifted_convolutions_is_stepped_and_has_gradients():
     stack = Stack([shifted_block(), GridConv(16, {"t": 3, "h": 3, "w": 3}, causal="t", residual=True), shifted_block()])
-    stack, x = stack.double(), tokens().requires_grad_()
+    stack, x = stack.double(), tokens(GRID, 16).requires_grad_()
     inputs = [x, *stack.parameters()]
-    whole, (out, _) = stack(x, GRID), stepped(stack, x)
+    whole, (out, _) = stack(x, GRID), stepped(stack, x, GRID)
     torch.testing.assert_close(out, whole)
     for a, b in zip(
         torch.autograd.grad(out.square().sum(), inputs), torch.autograd.grad(whole.square().sum(), inputs), strict=True
@@ -100,7 +88,7 @@ def test_a_stack_of_shifted_convolutions_is_stepped_and_has_gradients():
 
 def test_context_and_coords_reach_those_in_a_chain_who_take_them():
     chain = Chain([Learned(16, t=9), TemporalShift(16), Cross(Attention(16, 2))]).double()
-    x, text = tokens(), (tokens(Grid(n=5)), Grid(n=5))
+    x, text = tokens(GRID, 16), (tokens(Grid(n=5), 16), Grid(n=5))
     layers, late = chain.layers, {"t": torch.arange(4.0).repeat_interleave(6) * 2}
     expected = layers[2](layers[1](layers[0](x, GRID, coords=late), GRID), GRID, text)
     torch.testing.assert_close(chain(x, GRID, text, coords=late), expected)
@@ -112,10 +100,13 @@ def test_what_is_refused():
         (lambda: TemporalShift(4, 1 / 8), "0 of 4 channels"),
         (lambda: TemporalShift(4, 0.75), "3 of 4 channels"),
         (lambda: TemporalShift(16).init_state(1, Grid(t=1, h=2)), "causal=True"),
-        (lambda: TemporalShift(16)(tokens(Grid(n=4)), Grid(n=4)), "names 't'"),
-        (lambda: TemporalShift(16)(tokens(), GRID, tokens()), "no context"),
+        (lambda: TemporalShift(16)(tokens(Grid(n=4), 16), Grid(n=4)), "names 't'"),
+        (lambda: TemporalShift(16)(tokens(GRID, 16), GRID, tokens(GRID, 16)), "no context"),
         (lambda: Chain([]), "at least one layer"),
-        (lambda: shifted_block()(tokens(), GRID, coords={"t": torch.zeros(24)}), "position codes are over the axes"),
+        (
+            lambda: shifted_block()(tokens(GRID, 16), GRID, coords={"t": torch.zeros(24)}),
+            "position codes are over the axes",
+        ),
     ]:
         with pytest.raises(ChronotopeError, match=words):
             call()

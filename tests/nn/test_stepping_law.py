@@ -11,20 +11,7 @@ from chronotope.errors import ChronotopeError
 from chronotope.nn import Attention
 from chronotope.nn.stepping import keeps_place
 from chronotope.position import Rope
-
-
-def stepped(layer, x, grid, batch=None):
-    one = grid.replace(**{grid.axes[0]: 1})
-    state = layer.init_state(batch or x.shape[0], one)
-    out = []
-    for part in x.split(one.size, 1):
-        y, state = layer.step(part, state)
-        out.append(y)
-    return torch.cat(out, 1), state
-
-
-def tokens(grid, dim=12, batch=2, seed=0):
-    return torch.randn(batch, grid.size, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from stepping import stepped, tokens
 
 
 def close(a, b):
