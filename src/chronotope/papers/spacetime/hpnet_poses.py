@@ -64,8 +64,10 @@ def frame(heading: Tensor) -> Float[Tensor, "*n 2 2"]:
 
 
 def outwards(x: Float[Tensor, "*n f 2"], at: Poses) -> Float[Tensor, "*n f 2"]:
+    """Places in the frame of a pose -> in the world."""
     return x @ frame(at.heading) + at.place[..., None, :]
 
 
 def inwards(x: Float[Tensor, "*n f 2"], at: Poses) -> Float[Tensor, "*n f 2"]:
+    """Places in the world -> in the frame of a pose."""
     return (x - at.place[..., None, :]) @ frame(at.heading).mT

@@ -116,6 +116,7 @@ class Stage(nn.Module):
 
 
 def mlp(enter: int, hidden: int, leave: int) -> nn.Sequential:
+    """Two matrices, the first with a norm behind it."""
     return nn.Sequential(nn.Linear(enter, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, leave))
 
 
