@@ -10,6 +10,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from chronotope.bias import Bias
 from chronotope.checks import check_bias, check_grids, check_scores, check_tensors
@@ -101,6 +102,10 @@ def attention(
         >>> attention(q, k, v, grid=grid, where=window(t=3, h=5, w=5)).shape
         torch.Size([1, 2, 256, 16])
     """
+    if has_torch_function((q, k, v)):  # somebody watches, or these are tensors of another kind
+        given = {"grid": grid, "where": where, "key_grid": key_grid, "bias": bias, "scale": scale, "softcap": softcap}
+        more = {"return_lse": return_lse, "backend": backend}
+        return handle_torch_function(attention, (q, k, v), q, k, v, **given, **more)
     key_grid = grid if key_grid is None else key_grid
     q, k, v = _autocast(q, k, v)
     check_grids(grid, key_grid)

@@ -92,6 +92,8 @@ def _read(node: ast.expr, text: str) -> Any:
             return _list(left, text) + _list(right, text)
         case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int() as times)):
             return _list(left, text) * times
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="route") | ast.Attribute(attr="route"), attr=name)):
+            return _route(name, node, text)
         case ast.Call(
             func=ast.Name(id=name) | ast.Attribute(value=ast.Name(id="ct"), attr=name), args=args, keywords=keywords
         ):
@@ -103,6 +105,18 @@ def _read(node: ast.expr, text: str) -> Any:
             except TypeError as error:
                 raise ChronotopeError(f"{ast.unparse(node)}: {error}") from None
     raise ChronotopeError(f"{ast.unparse(node)!r} in {text!r} is not part of a pattern expression.")
+
+
+def _route(name: str, node: ast.Call, text: str) -> Pattern:
+    """What a function of `ct.route` makes of numbers."""
+    known = importlib.import_module("chronotope.routing").route
+    if name not in known.__all__:
+        raise unknown_name("route", name, known.__all__)
+    try:
+        named = {keyword.arg: _read(keyword.value, text) for keyword in node.keywords if keyword.arg}
+        return getattr(known, name)(*(_read(arg, text) for arg in node.args), **named)
+    except TypeError as error:
+        raise ChronotopeError(f"{ast.unparse(node)}: {error}") from None
 
 
 def _pattern(node: ast.expr, text: str) -> Pattern:

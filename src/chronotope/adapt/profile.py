@@ -1,0 +1,364 @@
+"""What the attention of a model looks at on given inputs, and what candidates would keep of it.
+
+    mass = sum over visible keys of the weights        error^2 = sum |o_candidate - o|^2 / sum |o|^2
+
+are taken at some queries, drawn anew for each call, and the energies |o_candidate - o|^2 and |o|^2 are summed over
+them: no layer holds more than some rows of its weights. The `gain` of a layer says what its error does to the output
+of the model: the model is run with one candidate in this layer alone, and
+
+    gain = (|y' - y| / |y|) / (error of that candidate in that layer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from chronotope.adapt.asked import Asked
+from chronotope.adapt.attach import Grids, Layers, Lies, attach, attention_names, selection
+from chronotope.adapt.control import Clock
+from chronotope.adapt.solve import both, fronted, joined, rows_of_bias
+from chronotope.adapt.tap import Handler, Tap
+from chronotope.attention import attention
+from chronotope.boxes import chunks
+from chronotope.errors import ChronotopeError
+from chronotope.grid import Coords, Grid
+from chronotope.patterns import Pattern
+from chronotope.planning import heads_alike
+from chronotope.routed import chosen
+
+AT_ONCE = 1 << 24
+"""Weights that are held at once."""
+
+Batch = Any
+"""Inputs of the model: a dict of keyword arguments, a tuple of arguments, or the one argument."""
+
+
+@dataclass
+class Kept:
+    """What a candidate keeps of a layer, summed over queries: float64 [H] each; `pairs`: tiles' share of the pairs."""
+
+    error: Float[Tensor, "h"]
+    mass: Float[Tensor, "h"]
+    pairs: float = 0.0
+    calls: int = 0
+
+
+@dataclass
+class LayerProfile:
+    """One layer at one noise level; sums over `queries` queries, float64 [H].
+
+    energy: |o|^2. distance: mean distance of what is looked at on each axis, in tokens. prefix, first, own: weight on
+    tokens without a place, on the first token that has one, and on the query itself. keys: exp of the entropy.
+    """
+
+    grid: Grid
+    heads: int
+    rule: Pattern
+    queries: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[Pattern, Kept] = field(default_factory=dict)
+
+    def mean(self, name: str) -> Float[Tensor, "h"]:
+        """A statistic per query."""
+        return self.sums[name] / max(1, self.queries)
+
+    def add(self, name: str, value: Float[Tensor, "h"]) -> None:
+        self.sums[name] = self.sums.get(name, torch.zeros(self.heads, dtype=torch.float64)) + value.double().cpu()
+
+    def error(self, candidate: Pattern) -> Float[Tensor, "h"]:
+        """Relative error of each head's output."""
+        return (self.kept[candidate].error / self.sums["energy"].clamp(min=1e-300)).sqrt()
+
+    def mass(self, candidate: Pattern) -> Float[Tensor, "h"]:
+        """Share of the weights that the candidate keeps."""
+        return self.kept[candidate].mass / max(1, self.queries)
+
+    def whole_error(self, candidate: Pattern) -> float:
+        """Relative error of all heads together."""
+        return math.sqrt(float(self.kept[candidate].error.sum() / self.sums["energy"].sum().clamp(min=1e-300)))
+
+
+class Profile:
+    """What `profile` measured: `layers[name][level]`, and `gains[name]` where candidates were given."""
+
+    def __init__(
+        self, model: nn.Module, batches: list[Batch], grid: Grids | None, layers: Layers | None, queries: int,
+        levels: Sequence[float], seed: int,
+    ):  # fmt: skip
+        self.model, self.batches, self.grid, self.seed = model, batches, grid, seed
+        self.queries, self.levels, self.chosen = queries, tuple(sorted(levels)), layers
+        self.layers: dict[str, dict[int, LayerProfile]] = {}
+        self.left: dict[str, str] = {}
+        self.gains: dict[str, float] = {}
+        self.candidates: list[Pattern] = []
+
+    def measure(self, candidates: Iterable[Pattern]) -> None:
+        """What these keep, where it is not known yet: one more pass over the inputs, and one for each layer."""
+        new = [one for one in dict.fromkeys(candidates) if one not in self.candidates]
+        if not new and self.layers:
+            return
+        known, self.layers = self.layers, {}
+        watcher = Watcher(self, new)
+        tap = Tap.on(self.model)
+        tap.add(watcher)
+        try:
+            with torch.no_grad():
+                for batch in self.batches:
+                    call(self.model, batch)
+        finally:
+            tap.drop(watcher)
+        for name, levels in known.items():
+            for level, before in levels.items():
+                self.layers[name][level].kept |= before.kept
+        self.candidates += new
+        if not self.layers:
+            told = "; ".join(f"{name}: {why}" for name, why in self.left.items())
+            raise ChronotopeError(f"profile: no attention on a grid was seen in these inputs. {told}")
+        self._gain()
+
+    def energy(self, name: str, candidate: Pattern) -> tuple[Float[Tensor, "h"], float]:
+        """Error energies of the heads and the energy of the layer, over all noise levels."""
+        own = list(self.layers[name].values())
+        lost = torch.stack([one.kept[candidate].error for one in own]).sum(0)
+        return lost, float(torch.stack([one.sums["energy"] for one in own]).sum())
+
+    def _gain(self) -> None:
+        """Gains of the layers that have none, by the candidate whose error is nearest to a tenth."""
+        for name in self.layers:
+            errors = {}
+            for one in self.candidates:
+                lost, energy = self.energy(name, one)
+                errors[one] = math.sqrt(float(lost.sum()) / energy) if energy > 0 else 0.0
+            usable = {one: error for one, error in errors.items() if error > 1e-6}
+            if name in self.gains or not usable:
+                continue
+            probe = min(usable, key=lambda one: abs(math.log(usable[one] / 0.1)))
+            with torch.no_grad():
+                plain = [output_of(call(self.model, batch)) for batch in self.batches[:1]]
+                with attach(self.model, {name: probe}, grid=self.grid):
+                    changed = [output_of(call(self.model, batch)) for batch in self.batches[:1]]
+            self.gains[name] = relative(plain, changed) / usable[probe]
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.layers)} layers, {len(self.batches)} inputs, {self.queries} queries of each"]
+        for name, levels in self.layers.items():
+            for level, one in levels.items():
+                far = ", ".join(f"{axis} {float(one.mean(axis).mean()):.1f}" for axis in one.grid.axes)
+                told = f"{name}{f' at level {level}' if len(levels) > 1 else ''}: looks at {far} tokens away"
+                lines.append(
+                    f"{told}, {float(one.mean('keys').mean()):.0f} keys, prefix {float(one.mean('prefix').mean()):.2f}"
+                )
+        return "\n".join(lines)
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    candidates: Iterable[Pattern] = (),
+    *,
+    grid: Grids | None = None,
+    layers: Layers | None = None,
+    queries: int = 256,
+    levels: Sequence[float] = (),
+    seed: int = 0,
+) -> Profile:
+    """Runs a model on inputs and keeps what its attention looks at, and what candidates would keep of it.
+
+    Args:
+        model: as for `attach`; it is run as it is.
+        batches: inputs: dicts of keyword arguments, tuples of arguments, or single arguments. They are kept, for
+            candidates that are asked for later.
+        candidates: patterns and routes, joined with the model's own mask.
+        grid, layers: as for `attach`.
+        queries: how many of each call are looked at; time and memory grow with queries x keys.
+        levels: borders between noise levels, which are profiled apart; default: all are one.
+
+    Raises ChronotopeError where no attention on a grid is seen.
+    """
+    given = list(batches)
+    if not given:
+        raise ChronotopeError("profile: no inputs were given.")
+    if queries < 1:
+        raise ChronotopeError(f"profile: queries={queries}; expected 1 or more.")
+    out = Profile(model, given, grid, layers, queries, levels, seed)
+    out.measure(candidates)
+    return out
+
+
+class Watcher(Handler):
+    """Measures the calls of a model that runs."""
+
+    def __init__(self, out: Profile, candidates: list[Pattern]):
+        self.out, self.candidates = out, candidates
+        self.chosen = selection(out.chosen, attention_names(out.model))
+        self.rng = torch.Generator().manual_seed(out.seed)
+        self.clock = Clock()
+        self.lies = Lies(out.grid)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.clock.tick(model, args, kwargs)
+        self.lies.begin(model, args, kwargs)
+
+    def wants(self, layer: str) -> bool:
+        return self.chosen(layer)
+
+    def seen(self, layer: str, asked: Asked, out: Tensor) -> Tensor:
+        laid = self.lies.lay(layer, asked)
+        if isinstance(laid, str) or not asked.square:
+            self.out.left[layer] = laid if isinstance(laid, str) else "decoding is not profiled"
+            return out
+        grid, tail = laid
+        asked = asked.but(grid=grid, tail=tail, scores=(), probs=())
+        if tail:
+            asked = fronted(asked)
+        at = torch.randperm(grid.size, generator=self.rng)[: self.out.queries].sort().values
+        level = sum(self.clock.time >= border for border in self.out.levels) if self.clock.time is not None else 0
+        rule, bias = joined(asked)
+        own = self.out.layers.setdefault(layer, {})
+        found = own.setdefault(level, LayerProfile(grid, asked.q.shape[1], rule))
+        if found.grid != grid:
+            raise ChronotopeError(f"{layer}: inputs on {found.grid!r} and on {grid!r}; profile one size at a time.")
+        _measure(found, asked, rule, bias, at, self.candidates)
+        return out
+
+
+def _measure(
+    found: LayerProfile, asked: Asked, rule: Pattern, bias: Any, at: Int64[Tensor, "s"], candidates: list[Pattern]
+) -> None:
+    grid = found.grid
+    keys = Coords.of(grid, torch.arange(grid.size))
+    routed = {one: _routed(asked, both(rule, one), bias, at) for one in candidates if one.routes}
+    for one, (_, pairs) in routed.items():
+        kept = found.kept.setdefault(one, _none(found.heads))
+        kept.pairs, kept.calls = kept.pairs + pairs, kept.calls + 1
+    patterns = [one for one in candidates if not one.routes]
+    for one in patterns:
+        found.kept.setdefault(one, _none(found.heads))
+    k, v = (x.repeat_interleave(found.heads // x.shape[1], 1).float() for x in (asked.k, asked.v))
+    for part in chunks(len(at), asked.q.shape[0] * found.heads * grid.size, AT_ONCE):
+        some = at[part]
+        here = Coords.of(grid, some[:, None])
+        weights, left = _weights(asked, k, rule, bias, some, here, keys)
+        out = weights @ v
+        _statistics(found, weights, out, here, keys, grid)
+        for one in patterns:
+            for own, heads in heads_alike(one, found.heads).items():
+                seen = own.sees(here, keys).to(weights.device)
+                index = list(heads)
+                visible = weights[:, index] * seen
+                mass = visible.sum(-1)
+                new = visible @ v[:, index] / (mass + left[:, index]).clamp(min=1e-30)[..., None]
+                _add(found.kept[one], index, mass, new - out[:, index])
+        for one, (rows, _) in routed.items():
+            kept_out, share = rows[0][:, :, part], rows[1][:, :, part]
+            lse = _lse(asked, k, rule, bias, some, here, keys)
+            _add(found.kept[one], list(range(found.heads)), (share - lse).exp(), kept_out - out)
+        found.queries += weights.shape[0] * len(some)
+
+
+def _weights(
+    asked: Asked, k: Tensor, rule: Pattern, bias: Any, some: Tensor, here: Coords, keys: Coords
+) -> tuple[Float[Tensor, "b h s nk"], Float[Tensor, "b h s"]]:
+    """Dense weights of some queries, and what sinks take of each row."""
+    scores = _scores(asked, k, rule, bias, some, here, keys)
+    if asked.sinks is not None:
+        sinks = asked.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)
+        return weights[..., :-1], weights[..., -1]
+    weights = torch.nan_to_num(scores.softmax(-1))
+    return weights, torch.zeros_like(weights[..., 0])
+
+
+def _lse(asked: Asked, k: Tensor, rule: Pattern, bias: Any, some: Tensor, here: Coords, keys: Coords) -> Tensor:
+    return _scores(asked, k, rule, bias, some, here, keys).logsumexp(-1)
+
+
+def _scores(
+    asked: Asked, k: Tensor, rule: Pattern, bias: Any, some: Tensor, here: Coords, keys: Coords
+) -> Float[Tensor, "b h s nk"]:
+    scale = 1 / math.sqrt(asked.q.shape[-1]) if asked.scale is None else asked.scale
+    scores = scale * asked.q[:, :, some].float() @ k.transpose(-1, -2)
+    if asked.softcap is not None:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    if isinstance(bias, Tensor):
+        scores = scores + rows_of_bias(bias, some).float()
+    elif bias is not None:
+        scores = scores + bias(here, keys.view(1, -1)).float()
+    heads = heads_alike(rule, scores.shape[1])
+    seen = [rule.head(head).sees(here, keys) for head in range(scores.shape[1])] if len(heads) > 1 else None
+    visible: Bool[Tensor, "..."] = rule.sees(here, keys) if seen is None else torch.stack(seen)
+    return scores.masked_fill(~visible.to(scores.device), -torch.inf)
+
+
+def _routed(asked: Asked, where: Pattern, bias: Any, at: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+    """Output and lse of some queries under a route, and the share of pairs that its tiles hold."""
+    assert asked.grid is not None
+    given = {"grid": asked.grid, "where": where, "bias": bias, "scale": asked.scale, "softcap": asked.softcap}
+    out, lse = attention(asked.q, asked.k, asked.v, **given, return_lse=True)
+    done = sum(
+        float((tiles.q.sizes[tiles.found.rows].double() * tiles.k.sizes[tiles.found.cols].double()).sum())
+        for _, tiles in chosen(where, asked.q, asked.k, asked.grid, asked.grid)
+    )
+    pairs = done / (asked.q.shape[0] * asked.q.shape[1] * asked.grid.size**2)
+    if asked.sinks is not None:
+        out = out * torch.sigmoid(lse - asked.sinks.float()[:, None])[..., None]
+    return (out[:, :, at].float(), lse[:, :, at].float()), pairs
+
+
+def _statistics(found: LayerProfile, weights: Tensor, out: Tensor, here: Coords, keys: Coords, grid: Grid) -> None:
+    def total(x: Tensor) -> Tensor:
+        return x.sum((0, 2))
+
+    placed = weights * ~(here.prefix | keys.prefix)
+    for axis in grid.axes:
+        away = (here.axes[axis] - keys.axes[axis]).abs()
+        found.add(axis, total((placed * away).sum(-1)))
+    found.add("energy", total(out.square().sum(-1)))
+    found.add("prefix", total(weights[..., : grid.prefix].sum(-1)))
+    found.add("first", total(weights[..., grid.prefix]))
+    same = (here.place == keys.place) & (here.prefix == keys.prefix) & ~keys.prefix
+    found.add("own", total((weights * same).sum(-1)))
+    found.add("keys", total((-(weights * weights.clamp(min=1e-30).log()).sum(-1)).exp()))
+
+
+def _none(heads: int) -> Kept:
+    return Kept(torch.zeros(heads, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64))
+
+
+def _add(kept: Kept, heads: list[int], mass: Tensor, lost: Tensor) -> None:
+    kept.error[heads] += lost.square().sum((0, 2, 3)).double().cpu()
+    kept.mass[heads] += mass.sum((0, 2)).double().cpu()
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model on one batch of inputs."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def output_of(result: Any) -> Tensor:
+    """The first floating tensor of what a model returned."""
+    if isinstance(result, Tensor) and result.is_floating_point():
+        return result
+    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (tuple, list)) else ()
+    for part in parts:
+        if isinstance(part, (Tensor, Mapping, tuple, list)):
+            try:
+                return output_of(part)
+            except ChronotopeError:
+                continue
+    raise ChronotopeError(f"the model returned {type(result).__name__}, in which there is no tensor of numbers.")
+
+
+def relative(plain: list[Tensor], changed: list[Tensor]) -> float:
+    """|y' - y| / |y| over all outputs."""
+    lost = sum(float((new.double() - old.double()).square().sum()) for old, new in zip(plain, changed, strict=True))
+    return math.sqrt(lost / max(1e-300, sum(float(old.double().square().sum()) for old in plain)))
