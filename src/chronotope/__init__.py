@@ -7,6 +7,11 @@ Say where tokens are (a grid), who may look at whom (a pattern), and it is compu
     out = ct.attention(q, k, v, grid=grid, where=near)
 """
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from chronotope import memories, nn
 from chronotope.attention import attention
 from chronotope.bias import Alibi, Bias, RelativeBias
@@ -50,6 +55,7 @@ __all__ = [
     "RelativeBias",
     "Rope",
     "UnsupportedError",
+    "adapt",
     "along",
     "attention",
     "backends",
@@ -80,3 +86,10 @@ __all__ = [
     "strided",
     "window",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`ct.adapt`, which most programs do not need, is imported when it is first named."""
+    if name != "adapt":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("chronotope.adapt")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -103,9 +103,10 @@ def attention(
         torch.Size([1, 2, 256, 16])
     """
     if has_torch_function((q, k, v)):  # somebody watches, or these are tensors of another kind
-        given = {"grid": grid, "where": where, "key_grid": key_grid, "bias": bias, "scale": scale, "softcap": softcap}
-        more = {"return_lse": return_lse, "backend": backend}
-        return handle_torch_function(attention, (q, k, v), q, k, v, **given, **more)
+        given: dict[str, Any] = {"grid": grid, "where": where, "key_grid": key_grid, "bias": bias, "scale": scale}
+        given |= {"softcap": softcap, "return_lse": return_lse, "backend": backend}
+        call: Any = attention
+        return handle_torch_function(call, (q, k, v), q, k, v, **given)
     key_grid = grid if key_grid is None else key_grid
     q, k, v = _autocast(q, k, v)
     check_grids(grid, key_grid)

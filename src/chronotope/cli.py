@@ -16,6 +16,7 @@ try:
 except ImportError:
     sys.exit("chronotope: the command line needs typer and rich: pip install 'chronotope[cli]'")
 
+from chronotope.cli_adapting import adapt, reading, sampling
 from chronotope.cli_learning import evaluate, tasks, train
 from chronotope.errors import ChronotopeError
 
@@ -356,6 +357,9 @@ def needle(
 app.command()(tasks)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(adapt)
+app.command()(sampling)
+app.command()(reading)
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ class Asked:
     may look, or added to the scores. `causal`: query i sees keys up to `start` + i. `start`: the place of the first
     query among the keys. `sinks` [H]: logits that take part in the softmax and bring no value. `crossed`: keys come
     from another sequence. `bias`: a bias object of Chronotope's own layers, which bring
-    `where`, kept in `first`, and `grid` too.
+    `where`, kept in `first`, and `grid` too, and `key_grid` where the keys lie on another.
 
     What handlers set: `where` on `grid`, whose prefix are the last `tail` tokens where that is not 0; `scores` and
     `probs`: edits, in turn.
@@ -46,6 +46,7 @@ class Asked:
     first: Pattern | None = None
     where: Pattern | None = None
     grid: Grid | None = None
+    key_grid: Grid | None = None
     tail: int = 0
     scores: tuple[Edit, ...] = ()
     probs: tuple[Edit, ...] = ()

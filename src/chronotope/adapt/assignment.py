@@ -31,7 +31,7 @@ class Assignment:
     error: float = 0.0
     density: float = 1.0
     bound: float = 0.0
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def where(self, layer: str) -> Pattern | None:
         """The pattern of a layer; None: it stays as it is."""
@@ -42,6 +42,8 @@ class Assignment:
 
     def save(self, path: str | Path) -> Path:
         """Writes it as JSON."""
+        for one in {one for patterns in self.layers.values() for one in patterns}:
+            _pattern(Path(path), "what is saved has to be read again", repr(one))
         layers = {name: [repr(one) for one in patterns] for name, patterns in self.layers.items()}
         numbers = {"error": self.error, "density": self.density, "bound": self.bound}
         told = {"schema": SCHEMA, "version": VERSION} | numbers | {"measured": dict(self.measured), "layers": layers}
@@ -65,7 +67,7 @@ def load(path: str | Path) -> Assignment:
     path = Path(path)
     try:
         told = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ChronotopeError(f"{path}: cannot be read ({error}); `assignment.save(path)` writes one.") from None
     if not isinstance(told, dict) or told.get("schema") != SCHEMA:
         raise ChronotopeError(f"{path}: its schema is not {SCHEMA!r}; expected a file that `assignment.save` wrote.")
@@ -77,8 +79,26 @@ def load(path: str | Path) -> Assignment:
     for name in ("error", "density", "bound"):
         if not isinstance(told.get(name), (int, float)):
             raise ChronotopeError(f"{path}: {name}={told.get(name)!r}; expected a number.")
-    read = {name: tuple(parse_pattern(text) for text in own) for name, own in layers.items()}
-    return Assignment(read, told["error"], told["density"], told["bound"], told.get("measured", {}))
+    if not isinstance(told.get("measured", {}), dict):
+        raise ChronotopeError(f"{path}: measured={told['measured']!r}; expected names and values.")
+    read = {name: tuple(_pattern(path, name, text) for text in own) for name, own in layers.items()}
+    numbers = {name: float(told[name]) for name in ("error", "density", "bound")}
+    return Assignment(read, **numbers, measured=told.get("measured", {}))
+
+
+def _pattern(path: Path, layer: str, text: Any) -> Pattern:
+    try:
+        return parse_pattern(text)
+    except (
+        ChronotopeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise ChronotopeError(f"{path}: {layer}: {error}") from None
 
 
 def apply(model: nn.Module, assignment: Assignment | str | Path, grid: Grids | None = None) -> Handle:
@@ -88,10 +108,9 @@ def apply(model: nn.Module, assignment: Assignment | str | Path, grid: Grids | N
     Raises ChronotopeError where the model has no layer of such a name.
     """
     found = assignment if isinstance(assignment, Assignment) else load(assignment)
-    names = attention_names(model)
-    missing = [name for name in found.layers if name not in names]
+    there = dict(model.named_modules())
+    missing = [name for name in found.layers if name not in there]
     if missing:
-        raise ChronotopeError(
-            f"the assignment names {', '.join(missing)}, which this model has not; it has {', '.join(names) or 'none'}."
-        )
+        names = ", ".join(attention_names(model)) or "none"
+        raise ChronotopeError(f"the assignment names {', '.join(missing)}, which this model has not; it has {names}.")
     return attach(model, found.where, grid=grid)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from chronotope.adapt.asked import Asked
@@ -20,6 +23,7 @@ from chronotope.patterns import Pattern
 
 Where = Pattern | Mapping[str, Pattern] | Callable[[str], Pattern | None]
 Grids = Grid | Callable[..., Grid]
+CALL = "scaled_dot_product_attention"
 Layers = str | Iterable[str] | Callable[[str], bool]
 
 REMEMBERED = 4096
@@ -81,8 +85,8 @@ def attach(model: nn.Module, where: Where, grid: Grids | None = None, layers: La
         A handle: `.layers` says of each layer what was done, or why nothing was.
 
     Raises:
-        ChronotopeError: no attention layer of these names; in the forward pass: the grid fits no call, a pattern does
-            not fit the grid, or a layer drops attention weights.
+        ChronotopeError: no layer of these names, or no pattern; in the forward pass: the grid fits no call, a pattern
+            does not fit the grid, or a layer drops attention weights.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True)
@@ -99,20 +103,19 @@ class Patterns(Handler):
     """Sets `where` and the grid of each call."""
 
     def __init__(self, model: nn.Module, where: Where, grid: Grids | None, layers: Layers | None):
-        self.where = where
+        self.where = checked(where, model)
         self.names = attention_names(model)
         self.chosen = selection(layers, self.names)
         self.lies = Lies(grid)
         self.found: dict[str, Layer] = {}
-        self.met = False
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.found, self.met = {}, False
+        self.found = {}
         self.lies.begin(model, args, kwargs)
 
     def end(self, done: bool) -> None:
         self.lies.end()
-        if done and self.found and not self.met:
+        if done and self.lies.now.missed and not self.lies.now.met:
             told = "\n  ".join(map(repr, self.layers()))
             raise ChronotopeError(
                 f"the pattern reached no layer of this model:\n  {told}\nGive the grid of its tokens."
@@ -127,11 +130,14 @@ class Patterns(Handler):
             return self._note(layer, asked, why="no pattern was named for it")
         laid = self.lies.lay(layer, asked)
         if isinstance(laid, str):
+            self.lies.now.missed = True
             return self._note(layer, asked, why=laid)
         grid, tail = laid
-        if asked.where is not None and (asked.grid != grid or asked.tail != tail):
-            raise ChronotopeError(f"{layer}: two patterns meet, one on {asked.grid!r} and one on {grid!r}.")
-        self.met = True
+        if asked.where is not None and self.lies.grid is not None and self.lies.now.inside:
+            own = lay(layer, asked.but(grid=None), self.lies.lie)
+            if not isinstance(own, str) and own != laid:
+                raise ChronotopeError(f"{layer}: two patterns meet, one on {grid!r} and one on {own[0]!r}.")
+        self.lies.now.met = True
         done = f"{where!r} on {grid!r}"
         if not asked.square and where.routes:
             done += "; in decoding a route chooses nothing"
@@ -169,36 +175,52 @@ class Lie:
     elsewhere: tuple[str, ...] = ()
 
 
+class Now(threading.local):
+    """The call of the model that runs in this thread: whether its pattern met a layer, or missed one."""
+
+    lie: Lie | None = None
+    inside = recorded = met = missed = False
+
+
 class Lies:
     """Where the tokens of the calls of a model lie.
 
-    A layer that is run again for its gradient, after the call of the model, has them where it had them first.
+    A layer that is run again for its gradient, after the call of the model, has them where it had them first: in one of
+    the calls since layers were last run again.
     """
 
     def __init__(self, grid: Grids | None):
-        self.grid, self.lie, self.inside = grid, None, False
+        self.grid, self.now, self.again = grid, Now(), False
         self.seen: dict[tuple[str, int], dict[tuple[Grid, int] | str, None]] = {}
 
-    lie: Lie | None
+    @property
+    def lie(self) -> Lie | None:
+        """As the call of the model told; of a part that is called alone, as the user did."""
+        return Lie(self.grid) if self.now.lie is None and isinstance(self.grid, Grid) else self.now.lie
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called."""
-        self.lie, self.inside = lie_of(model, self.grid, args, kwargs), True
+        self.now.met = self.now.missed = False
+        self.now.recorded = torch.is_grad_enabled()  # else nothing is run again
+        if self.again:
+            self.seen, self.again = {}, False
+        self.now.lie, self.now.inside = lie_of(model, self.grid, args, kwargs), True
 
     def end(self) -> None:
         """The call is over."""
-        self.inside = False
+        self.now.inside = False
 
     def lay(self, layer: str, asked: Asked) -> tuple[Grid, int] | str:
         """The grid of a call, and how many tokens at its end are the grid's prefix; or why it has none."""
         before = self.seen.get((layer, asked.k.shape[2]), {})
-        if self.inside or not before:
+        if self.now.inside or not before:
             found = lay(layer, asked, self.lie)
-            if self.inside:
+            if self.now.inside and self.now.recorded:
                 if len(self.seen) > REMEMBERED:
                     self.seen.clear()
                 self.seen.setdefault((layer, asked.k.shape[2]), {})[found] = None
             return found
+        self.again = True
         if len(before) > 1:
             raise ChronotopeError(
                 f"{layer} is run again for its gradient after calls of the model whose tokens lay in several ways, "
@@ -249,12 +271,31 @@ def lay(layer: str, asked: Asked, lie: Lie | None) -> tuple[Grid, int] | str:
 
 def attention_names(model: nn.Module) -> list[str]:
     """Modules that look like attention layers, the innermost of those that hold one another."""
-    like = [
-        name
-        for name, module in model.named_modules()
-        if watched(module) and ("attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower())
-    ]
-    return [name for name in like if not any(other.startswith(f"{name}.") for other in like)]
+    like = [name for name, module in model.named_modules() if watched(module) and calls_attention(module.__class__)]
+    return [name for name in like if not any(other.startswith(f"{name}." if name else "") for other in like if other)]
+
+
+@cache
+def calls_attention(kind: Any) -> bool:
+    """Whether a class says so by its name, or calls torch's function by itself."""
+    if "attention" in kind.__name__.lower() or "attn" in kind.__name__.lower():
+        return True
+    codes = [getattr(value, "__code__", None) for one in kind.__mro__ for value in vars(one).values()]
+    return any(CALL in code.co_names for code in codes if code is not None)
+
+
+def checked(where: Any, model: nn.Module) -> Where:
+    """Raises unless this is a pattern, patterns by names that the model has, or a function."""
+    if isinstance(where, Mapping):
+        there = dict(model.named_modules())
+        missing = [repr(name) for name in where if name not in there]
+        if missing:
+            names = ", ".join(attention_names(model)) or "none"
+            raise ChronotopeError(f"where names {', '.join(missing)}, which this model has not; it has {names}.")
+    wrong = [one for one in (where.values() if isinstance(where, Mapping) else [where]) if not isinstance(one, Pattern)]
+    if wrong and (isinstance(where, Mapping) or not callable(where)):
+        raise ChronotopeError(f"where={wrong[0]!r}: expected a pattern or a route, such as ct.window(t=3, h=5, w=5).")
+    return where
 
 
 def selection(layers: Layers | None, names: list[str]) -> Callable[[str], bool]:

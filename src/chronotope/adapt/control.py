@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -103,6 +103,8 @@ def control(
 class Controls(Handler):
     """Several controls with one choice of layers, heads and steps."""
 
+    late = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -160,11 +162,15 @@ class Controls(Handler):
     def _headed(self, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         if self.heads is None:
             return edit
-        return lambda x: self._mixed(x, edit(x))
+        return lambda x: self._mixed(x, edit(x.clone()))  # what it is given it may change in place
 
     def _headed_call(self, old: Asked, new: Asked) -> Asked:
         if self.heads is None or new is old:
             return new
+        others = [one.name for one in fields(Asked) if one.name not in "qkv"]
+        also = [name for name in others if getattr(new, name) is not getattr(old, name)]
+        if also:
+            raise ChronotopeError(f"a control of some heads changes {', '.join(also)} of all heads; control all heads.")
         group = old.q.shape[1] // old.k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (old.k, old.v))
         newer = [x.repeat_interleave(old.q.shape[1] // x.shape[1], 1) for x in (new.k, new.v)]
@@ -173,7 +179,10 @@ class Controls(Handler):
         return new.but(q=self._mixed(old.q, new.q), k=self._mixed(k, newer[0]), v=self._mixed(v, newer[1]))
 
     def _mixed(self, old: Tensor, new: Tensor) -> Tensor:
-        ours = torch.zeros(old.shape[1], dtype=torch.bool, device=old.device)
+        count = old.shape[1]
+        if not all(-count <= head < count for head in self.heads or ()):
+            raise ChronotopeError(f"heads={self.heads}: this layer has {count}.")
+        ours = torch.zeros(count, dtype=torch.bool, device=old.device)
         ours[self.heads] = True
         return torch.where(ours[:, None, None], new, old)
 
@@ -181,12 +190,14 @@ class Controls(Handler):
 class Clock:
     """The step of a sampling: it moves when the noise level falls, and begins again when it rises.
 
-    Calls at one level, as guidance makes them, are one step. A model without a noise level counts its calls.
+    Calls at one level, as guidance makes them, are one step. A model without a noise level counts its calls. After a
+    single call of another kind, the first level of a sampling may count as the next step; its second one tells.
     """
 
     def __init__(self) -> None:
         self.step, self.time, self.calls = 0, None, 0
         self.falls: bool | None = None
+        self.start = 0.0
 
     time: float | None
 
@@ -196,11 +207,16 @@ class Clock:
         if time is None:
             self.step = self.calls - 1
         elif self.time is None:
-            self.step = 0
+            self.step, self.start = 0, time
         elif time != self.time:
             falls = time < self.time
-            begins = self.falls is not None and falls != self.falls
-            self.step, self.falls = (0, None) if begins else (self.step + 1, falls)
+            turns = self.falls is not None and falls != self.falls
+            if turns and self.step == 1 and time != self.start:  # it began with the level before
+                self.start, self.falls = self.time, falls
+            elif turns:
+                self.step, self.start, self.falls = 0, time, None
+            else:
+                self.step, self.falls = self.step + 1, falls
         self.time = time
 
 
@@ -210,14 +226,14 @@ def _time(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fl
     for name in TIMES:
         value = given.get(name)
         if isinstance(value, Tensor) and value.numel() and not value.is_complex():
-            return float(value.flatten()[0])
+            return float(value.max())  # tokens that are given, as a first frame, are at level 0
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     return None
 
 
 def _overrides(one: Control, name: str) -> bool:
-    return getattr(type(one), name) is not getattr(Control, name)
+    return getattr(getattr(one, name), "__func__", None) is not getattr(Control, name)
 
 
 class Capture(Control):
@@ -233,7 +249,9 @@ class Capture(Control):
 
     def weights(self, at: At, weights: Float[Tensor, "b h nq nk"]) -> Float[Tensor, "b h nq nk"]:
         kept = weights if self.grad else weights.detach()
-        self.kept.setdefault((at.layer, at.step), []).append(kept if self.reduce is None else self.reduce(kept))
+        kept = kept if self.reduce is None else self.reduce(kept)
+        # A copy: controls that follow may change the weights in place.
+        self.kept.setdefault((at.layer, at.step), []).append(kept.clone())
         return weights
 
     def clear(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from chronotope.adapt.asked import Asked
 from chronotope.adapt.masks import read_mask
+from chronotope.adapt.solve import explicit
 from chronotope.adapt.tap import answer, crossed, idle
 from chronotope.errors import ChronotopeError
 
@@ -32,7 +34,7 @@ class Switch:
     """Twins in place of the implementations of a model, until `undo`; a name that is set meanwhile is respected."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = weakref.ref(model)  # which keeps this
         self.configs: list[Any] = []
         self.refresh()
 
@@ -40,7 +42,8 @@ class Switch:
         """Once more, for implementations that were set since."""
         if "transformers" not in sys.modules:
             return
-        for config in _configs(self.model):
+        model = self.model()
+        for config in [] if model is None else _configs(model):
             name = config._attn_implementation_internal
             if name not in CHANGED:
                 continue
@@ -125,6 +128,9 @@ def _twin(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             q, k, v = (given if new is old else new for new, old, given in pairs)
             changed = final.mask is not asked.mask
             more = kwargs | {"position_bias": None} if changed and "position_bias" in kwargs else kwargs
+            more = more if final.scale is asked.scale else more | {"scaling": final.scale}
+            if k.shape[1] != key.shape[1]:  # the layer would spread its groups once more
+                return explicit(final)
             out, weights = original(module, q, k, v, final.mask if changed else attention_mask, **more)
             kept.append(weights)
             return out.transpose(1, 2)

@@ -46,22 +46,32 @@ class Mask:
         return full(), self.own
 
 
-_READ: dict[int, tuple[weakref.ref[Tensor], int, Mask]] = {}
+_READ: dict[int, tuple[weakref.ref[Tensor], int, torch.dtype, Mask]] = {}
 
 
 def read_mask(mask: Tensor, dtype: torch.dtype) -> Mask:
     """What a mask says, bool or additive, [.., Nq or 1, Nk].
 
     Causal masks, windows into the past and hidden keys are recognised by comparing every entry, so that no kernel reads
-    N x N numbers for what is known by a rule. Layers that share a mask share the reading.
+    N x N numbers for what is known by a rule. Layers that share a mask share the reading, which ends with the mask.
     """
-    known = _READ.get(id(mask))
-    if known is not None and known[0]() is mask and known[1] == mask._version:
-        return known[2]
-    found = _read(mask, dtype)
+    if mask.requires_grad:
+        return Mask("other", 0, None, mask)
+    if mask.is_inference():  # it does not tell when it is changed
+        return _read(mask, dtype)
+    key = id(mask)
+    known = _READ.get(key)
+    if known is not None and known[0]() is mask and known[1:3] == (mask._version, dtype):
+        return known[3]
+    found = _read(mask.detach(), dtype)
     if len(_READ) >= KEPT:
-        _READ.pop(next(iter(_READ)))
-    _READ[id(mask)] = weakref.ref(mask), mask._version, found
+        _READ.pop(next(iter(_READ)), None)
+
+    def gone(ref: weakref.ref[Tensor]) -> None:
+        if key in _READ and _READ[key][0] is ref:
+            del _READ[key]
+
+    _READ[key] = weakref.ref(mask, gone), mask._version, dtype, found
     return found
 
 
@@ -101,8 +111,6 @@ def _hides(mask: Tensor) -> Bool[Tensor, "*b nq nk"] | None:
 
     A large negative number, unlike -inf, leaves a query from which all is hidden with equal weights: that has to stay.
     """
-    if mask.requires_grad:
-        return None
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if not bool((hidden | (mask == 0)).all()) or bool(hidden.all(-1).any()):
         return None

@@ -12,18 +12,20 @@ of the model: the model is run with one candidate in this layer alone, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from chronotope.adapt.asked import Asked
 from chronotope.adapt.attach import Grids, Layers, Lies, attach, attention_names, selection
 from chronotope.adapt.control import Clock
-from chronotope.adapt.solve import both, fronted, joined, rows_of_bias
+from chronotope.adapt.inputs import Batch, call, output_of, relative
+from chronotope.adapt.solve import both, exactly, fronted, joined, rows_of_bias
 from chronotope.adapt.tap import Handler, Tap
 from chronotope.attention import attention
 from chronotope.boxes import chunks
@@ -33,11 +35,9 @@ from chronotope.patterns import Pattern
 from chronotope.planning import heads_alike
 from chronotope.routed import chosen
 
+Routed = tuple[tuple[Tensor, Tensor], float]
 AT_ONCE = 1 << 24
 """Weights that are held at once."""
-
-Batch = Any
-"""Inputs of the model: a dict of keyword arguments, a tuple of arguments, or the one argument."""
 
 
 @dataclass
@@ -112,6 +112,9 @@ class Profile:
             with torch.no_grad():
                 for batch in self.batches:
                     call(self.model, batch)
+        except BaseException:
+            self.layers = known
+            raise
         finally:
             tap.drop(watcher)
         for name, levels in known.items():
@@ -131,6 +134,7 @@ class Profile:
 
     def _gain(self) -> None:
         """Gains of the layers that have none, by the candidate whose error is nearest to a tenth."""
+        plain: list[Tensor] = []
         for name in self.layers:
             errors = {}
             for one in self.candidates:
@@ -141,7 +145,7 @@ class Profile:
                 continue
             probe = min(usable, key=lambda one: abs(math.log(usable[one] / 0.1)))
             with torch.no_grad():
-                plain = [output_of(call(self.model, batch)) for batch in self.batches[:1]]
+                plain = plain or [output_of(call(self.model, batch)) for batch in self.batches[:1]]
                 with attach(self.model, {name: probe}, grid=self.grid):
                     changed = [output_of(call(self.model, batch)) for batch in self.batches[:1]]
             self.gains[name] = relative(plain, changed) / usable[probe]
@@ -180,13 +184,17 @@ def profile(
         queries: how many of each call are looked at; time and memory grow with queries x keys.
         levels: borders between noise levels, which are profiled apart; default: all are one.
 
-    Raises ChronotopeError where no attention on a grid is seen.
+    Raises ChronotopeError where no attention on a grid is seen, or a layer of dropout is in training.
     """
     given = list(batches)
     if not given:
         raise ChronotopeError("profile: no inputs were given.")
     if queries < 1:
         raise ChronotopeError(f"profile: queries={queries}; expected 1 or more.")
+    modules = model.named_modules()
+    drops = [name for name, one in modules if isinstance(one, _DropoutNd) and one.training and one.p > 0]
+    if drops:
+        raise ChronotopeError(f"profile: {drops[0]} drops at random, no error of attention; call model.eval().")
     out = Profile(model, given, grid, layers, queries, levels, seed)
     out.measure(candidates)
     return out
@@ -232,8 +240,8 @@ class Watcher(Handler):
 def _measure(
     found: LayerProfile, asked: Asked, rule: Pattern, bias: Any, at: Int64[Tensor, "s"], candidates: list[Pattern]
 ) -> None:
-    grid = found.grid
-    keys = Coords.of(grid, torch.arange(grid.size))
+    for one in candidates:
+        one.check(found.grid, found.grid)
     routed = {one: _routed(asked, both(rule, one), bias, at) for one in candidates if one.routes}
     for one, (_, pairs) in routed.items():
         kept = found.kept.setdefault(one, _none(found.heads))
@@ -241,6 +249,16 @@ def _measure(
     patterns = [one for one in candidates if not one.routes]
     for one in patterns:
         found.kept.setdefault(one, _none(found.heads))
+    with exactly(asked.q):
+        _look(found, asked, rule, bias, at, patterns, routed)
+
+
+def _look(
+    found: LayerProfile, asked: Asked, rule: Pattern, bias: Any, at: Int64[Tensor, "s"], patterns: list[Pattern],
+    routed: dict[Pattern, Routed],
+) -> None:  # fmt: skip
+    grid = found.grid
+    keys = Coords.of(grid, torch.arange(grid.size))
     k, v = (x.repeat_interleave(found.heads // x.shape[1], 1).float() for x in (asked.k, asked.v))
     for part in chunks(len(at), asked.q.shape[0] * found.heads * grid.size, AT_ONCE):
         some = at[part]
@@ -259,7 +277,8 @@ def _measure(
         for one, (rows, _) in routed.items():
             kept_out, share = rows[0][:, :, part], rows[1][:, :, part]
             lse = _lse(asked, k, rule, bias, some, here, keys)
-            _add(found.kept[one], list(range(found.heads)), (share - lse).exp(), kept_out - out)
+            mass = (share - lse).exp().nan_to_num(0.0) * (1 - left)  # queries that see nothing keep nothing
+            _add(found.kept[one], list(range(found.heads)), mass, kept_out - out)
         found.queries += weights.shape[0] * len(some)
 
 
@@ -297,7 +316,7 @@ def _scores(
     return scores.masked_fill(~visible.to(scores.device), -torch.inf)
 
 
-def _routed(asked: Asked, where: Pattern, bias: Any, at: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+def _routed(asked: Asked, where: Pattern, bias: Any, at: Tensor) -> Routed:
     """Output and lse of some queries under a route, and the share of pairs that its tiles hold."""
     assert asked.grid is not None
     given = {"grid": asked.grid, "where": where, "bias": bias, "scale": asked.scale, "softcap": asked.softcap}
@@ -335,30 +354,3 @@ def _none(heads: int) -> Kept:
 def _add(kept: Kept, heads: list[int], mass: Tensor, lost: Tensor) -> None:
     kept.error[heads] += lost.square().sum((0, 2, 3)).double().cpu()
     kept.mass[heads] += mass.sum((0, 2)).double().cpu()
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model on one batch of inputs."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def output_of(result: Any) -> Tensor:
-    """The first floating tensor of what a model returned."""
-    if isinstance(result, Tensor) and result.is_floating_point():
-        return result
-    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (tuple, list)) else ()
-    for part in parts:
-        if isinstance(part, (Tensor, Mapping, tuple, list)):
-            try:
-                return output_of(part)
-            except ChronotopeError:
-                continue
-    raise ChronotopeError(f"the model returned {type(result).__name__}, in which there is no tensor of numbers.")
-
-
-def relative(plain: list[Tensor], changed: list[Tensor]) -> float:
-    """|y' - y| / |y| over all outputs."""
-    lost = sum(float((new.double() - old.double()).square().sum()) for old, new in zip(plain, changed, strict=True))
-    return math.sqrt(lost / max(1e-300, sum(float(old.double().square().sum()) for old in plain)))

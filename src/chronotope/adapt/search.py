@@ -18,17 +18,22 @@ Cost: pairs in tiles, as a share of those that the model computes as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from chronotope.adapt.assignment import Assignment
+from chronotope.adapt.assignment import Assignment, apply
+from chronotope.adapt.inputs import call, output_of, relative
 from chronotope.adapt.profile import Profile
 from chronotope.adapt.solve import both
 from chronotope.errors import ChronotopeError
 from chronotope.patterns import Pattern, full
 from chronotope.planning import plan
+
+TRIES, SHRINKS = 6, 0.95
+"""How often a choice that errs too much is made again, and how far below its due share the next budget is."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ def search(
     profile: Profile,
     candidates: Iterable[Pattern] | None = None,
     *,
-    max_error: float | None = None,
-    max_density: float | None = None,
+    max_error: float | int | None = None,
+    max_density: float | int | None = None,
+    verify: bool = True,
 ) -> Assignment:
     """One candidate, or dense, for each head of each layer.
 
@@ -54,6 +60,8 @@ def search(
         candidates: patterns and routes; default: those of the profile.
         max_error: the least cost whose expected relative error of the output is not above this; or
         max_density: the least error whose mean cost is not above this. One of the two.
+        verify: whether the model is run with the choice, on the inputs of the profile, and the choice made again with a
+            smaller budget where its error there is above `max_error`.
 
     Raises ChronotopeError without candidates, or where both or neither limit is given.
     """
@@ -71,8 +79,31 @@ def search(
     profile.measure(wanted)
     heads = options(profile, wanted)
     if max_density is not None:
-        return _under_density(profile, heads, max_density)
-    return _assignment(profile, heads, *_cheapest(heads, limit**2))
+        return _under_density(profile, heads, float(limit))
+    limit = target = float(limit)
+    for _ in range(TRIES):
+        found = _assignment(profile, heads, *_cheapest(heads, target**2))
+        if not verify:
+            return found
+        error = measured_error(profile, found)
+        found = replace(found, measured=found.measured | {"error on its inputs": error})
+        if error <= limit:
+            return found
+        target *= SHRINKS * limit / error
+    return _dense(profile, heads, _cheapest(heads, limit**2)[1])
+
+
+def measured_error(profile: Profile, found: Assignment) -> float:
+    """Relative error of the output of the model on the inputs of the profile."""
+    with torch.no_grad():
+        plain = [output_of(call(profile.model, batch)) for batch in profile.batches]
+        with apply(profile.model, found, profile.grid):
+            return relative(plain, [output_of(call(profile.model, batch)) for batch in profile.batches])
+
+
+def _dense(profile: Profile, heads: Heads, bound: float) -> Assignment:
+    """What never errs."""
+    return _assignment(profile, heads, {key: own[0] for key, own in heads.items()}, bound)
 
 
 Heads = dict[tuple[str, int], list[Option]]
@@ -179,7 +210,7 @@ def _assignment(profile: Profile, heads: Heads, found: dict[tuple[str, int], Opt
         name: tuple(found[name, head].pattern for head in range(next(iter(levels.values())).heads))
         for name, levels in profile.layers.items()
     }
-    measured = {
+    measured: dict[str, Any] = {
         "model": type(profile.model).__name__,
         "grids": {name: repr(next(iter(levels.values())).grid) for name, levels in profile.layers.items()},
         "inputs": len(profile.batches),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from chronotope.adapt.asked import Asked, Own
 from chronotope.adapt.masks import causal_mask, read_mask
-from chronotope.attention import attention
+from chronotope.attention import AUTOCAST, attention
 from chronotope.bias import Bias
 from chronotope.boxes import chunks
 from chronotope.errors import ChronotopeError
@@ -25,7 +27,7 @@ AT_ONCE = 1 << 24
 
 def solve(asked: Asked, own: Own) -> Float[Tensor, "b h nq dv"]:
     """Explicitly where somebody edits scores or weights, by the pattern where one is set, else as the model does."""
-    edited = bool(asked.scores or asked.probs)
+    edited = bool(asked.scores or asked.probs) or (asked.bias is not None and asked.mask is not None)
     if not edited and (asked.where is None or asked.where is asked.first):
         return own(asked)
     if asked.dropout > 0:
@@ -33,9 +35,9 @@ def solve(asked: Asked, own: Own) -> Float[Tensor, "b h nq dv"]:
             f"this layer drops attention weights (p={asked.dropout}), which no kernel here holds; set the attention "
             "dropout of the model to 0, or call model.eval()."
         )
-    if asked.tail:
-        return _moved(solve(fronted(asked), own), -asked.tail)
-    return explicit(asked) if edited else sparse(asked)
+    if edited:
+        return explicit(asked)
+    return _moved(sparse(fronted(asked)), -asked.tail) if asked.tail else sparse(asked)
 
 
 def sparse(asked: Asked) -> Float[Tensor, "b h nq dv"]:
@@ -58,11 +60,22 @@ def sparse(asked: Asked) -> Float[Tensor, "b h nq dv"]:
 
 def explicit(asked: Asked) -> Float[Tensor, "b h nq dv"]:
     """With the weights in memory, N x N, which the edits see."""
-    return (weights(asked).to(asked.v.dtype) @ _spread(asked.v, asked)).to(asked.q.dtype)
+    with exactly(asked.q):
+        return (weights(asked).to(asked.v.dtype) @ _spread(asked.v, asked)).to(asked.q.dtype)
 
 
 def weights(asked: Asked) -> Float[Tensor, "b h nq nk"]:
     """Attention weights after all edits, float32 or better. Rows that see nothing are 0."""
+    with exactly(asked.q):
+        return _weights(asked)
+
+
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast, which would round scores."""
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else nullcontext()
+
+
+def _weights(asked: Asked) -> Float[Tensor, "b h nq nk"]:
     exact = torch.promote_types(asked.q.dtype, torch.float32)
     scale = 1 / math.sqrt(asked.q.shape[-1]) if asked.scale is None else asked.scale
     scores = scale * asked.q.to(exact) @ _spread(asked.k, asked).to(exact).transpose(-1, -2)
@@ -72,9 +85,12 @@ def weights(asked: Asked) -> Float[Tensor, "b h nq nk"]:
     if asked.mask is not None:
         scores = scores + read_mask(asked.mask, asked.q.dtype).own.to(exact)
     if asked.bias is not None and asked.grid is not None:
-        places = Coords.of(asked.grid, torch.arange(asked.grid.size, device=scores.device))
-        scores = scores + asked.bias(places.view(-1, 1), places.view(1, -1)).to(exact)
-    if asked.causal and asked.q.shape[2] > 1:
+        here, keys = (
+            Coords.of(grid, torch.arange(grid.size, device=scores.device))
+            for grid in (asked.grid, asked.key_grid or asked.grid)
+        )
+        scores = scores + asked.bias(here.view(-1, 1), keys.view(1, -1)).to(exact)
+    if asked.causal:
         scores = scores + causal_mask(scores.shape[-2], scores.shape[-1], asked.start, scores)
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
@@ -97,14 +113,23 @@ def joined(asked: Asked) -> tuple[Pattern, Tensor | Bias | None]:
     where = full() if asked.where is None else asked.where
     bias: Tensor | Bias | None = asked.bias
     if asked.mask is not None:
-        rule, bias = read_mask(asked.mask, asked.q.dtype).on(asked.grid)
+        rule, added = read_mask(asked.mask, asked.q.dtype).on(asked.grid)
         where = both(where, rule)
-    if asked.causal and asked.q.shape[2] > 1:
+        bias = added if bias is None else _summed(bias, added, asked)
+    if asked.causal:
         if asked.grid.prefix <= 1:
             return both(where, causal()), bias
         hidden = causal_mask(asked.q.shape[2], asked.k.shape[2], asked.start, asked.q)
         bias = bias + hidden if isinstance(bias, Tensor) else hidden
     return where, bias
+
+
+def _summed(bias: Bias | Tensor, added: Tensor | None, asked: Asked) -> Bias | Tensor:
+    """A bias object and a mask that a control has set, N x N."""
+    if added is None or isinstance(bias, Tensor) or asked.grid is None:
+        return bias
+    places = Coords.of(asked.grid, torch.arange(asked.grid.size, device=asked.q.device))
+    return bias(places.view(-1, 1), places.view(1, -1)).to(asked.q.dtype) + added
 
 
 def rows(
@@ -123,6 +148,7 @@ def rows(
 
     A route, which chooses for all queries of a grid, chooses nothing here: these see what the patterns beside it leave.
     """
+    where.check(grid, grid)
     where = where.given(dict.fromkeys(where.routes, full()))
     order: list[int] = []
     found = []
@@ -132,7 +158,8 @@ def rows(
         for part in chunks(q.shape[2], q.shape[0] * len(heads) * grid.size, AT_ONCE):
             at = torch.arange(start + part.start, start + part.stop, device=q.device)
             own = None if bias is None else _rows_of(bias, heads, part)
-            some.append(_dense(qs[:, :, part], ks, vs, _sees(pattern, grid, at), own, scale, softcap))
+            with exactly(q):
+                some.append(_dense(qs[:, :, part], ks, vs, _sees(pattern, grid, at), own, scale, softcap))
         order += heads
         found.append([torch.cat(parts, 2) for parts in zip(*some, strict=True)])
     back = sorted(range(len(order)), key=order.__getitem__)
@@ -176,8 +203,11 @@ def _seen(asked: Asked) -> Bool[Tensor, "#b #h nq nk"] | None:
     where, grid = asked.where, asked.grid
     if where is None or grid is None:
         return None
-    if asked.square:
-        return select(where, asked.q, asked.k, grid)
+    if asked.square or asked.key_grid is not None:
+        q, k = (_moved(x, asked.tail) for x in (asked.q, asked.k))
+        seen = select(where, q, k, grid, asked.key_grid)
+        return seen.roll((-asked.tail, -asked.tail), (-2, -1)) if asked.tail else seen
+    where.check(grid, grid)
     where = where.given(dict.fromkeys(where.routes, full()))
     at = torch.arange(asked.start, asked.start + asked.q.shape[2], device=asked.q.device)
     return torch.stack([_sees(where.head(head), grid, at) for head in range(asked.q.shape[1])])[None]
@@ -222,4 +252,4 @@ def fronted(asked: Asked) -> Asked:
 
 def _moved(x: Tensor, count: int, dim: int = 2) -> Tensor:
     """The last `count` come first; where it is negative, so many of the first come last."""
-    return torch.roll(x, count, dim)
+    return torch.roll(x, count, dim) if count else x

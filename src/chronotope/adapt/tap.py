@@ -8,19 +8,26 @@ is met like the first time, and a model without handlers has no hook.
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from chronotope.adapt.asked import Asked, Own
+from chronotope.adapt.masks import read_mask
 from chronotope.adapt.multi_head import multi_head
 from chronotope.adapt.solve import solve, weights
 from chronotope.attention import attention
+from chronotope.errors import ChronotopeError
 from chronotope.patterns import full
 from chronotope.planning import Plan
 
@@ -29,7 +36,12 @@ OTHERS = {"encoder_hidden_states", "key_value_states", "encoder_output", "encode
 
 
 class Handler:
-    """Somebody who has a say in the attention of a model. Each method may be left as it is."""
+    """Somebody who has a say in the attention of a model. Each method may be left as it is.
+
+    Those that are `late` come after the others, which say on which grid the tokens lie.
+    """
+
+    late = False
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called."""
@@ -58,9 +70,9 @@ class _Frame:
 
     def crossed(self, keys: int) -> bool:
         """Whether it was given another sequence of so many tokens to look at."""
-        if isinstance(self.module, nn.MultiheadAttention):
-            return False
         given = dict(zip(parameters(type(self.module)), self.args, strict=False)) | self.kwargs
+        if isinstance(self.module, nn.MultiheadAttention):
+            return given.get("query") is not given.get("key")
         own = [x for name, x in given.items() if name not in OTHERS]
         others = [x for name, x in given.items() if name in OTHERS and isinstance(x, Tensor)]
         return any(x.ndim == 3 and x.shape[1] == keys and all(x is not y for y in own) for x in others)
@@ -115,6 +127,8 @@ class Tap:
         if not self.handlers:
             while self.undo:
                 self.undo.pop()()
+            _forget(self)
+            _compile_anew(self.model())
 
     def _install(self) -> None:
         from chronotope.adapt.interface import Switch
@@ -123,11 +137,13 @@ class Tap:
         assert model is not None
         for name, module in model.named_modules():
             if name == "" or watched(module):
-                enter = module.register_forward_pre_hook(self._enter(name, module), prepend=True, with_kwargs=True)
-                leave = module.register_forward_hook(self._leave(name, module), always_call=True)
+                into, out_of = _Hook(self._enter(name, module)), _Hook(self._leave(name, module))
+                enter = module.register_forward_pre_hook(into, prepend=True, with_kwargs=True)
+                leave = module.register_forward_hook(out_of, always_call=True)
                 self.undo += [enter.remove, leave.remove]
         self.switch = Switch(model)
         self.undo.append(self.switch.undo)
+        _compile_anew(model)
 
     # A copy of a module has the hooks of its original: there they do nothing.
 
@@ -153,12 +169,34 @@ class Tap:
             own = tap()
             if own is None or watched() is not module:
                 return
-            _pop()
-            if name == "":
+            if _pop(own, module) and name == "":
                 for handler in own.handlers:
                     handler.end(out is not None)
 
         return hook
+
+
+def _compile_anew(model: nn.Module | None) -> None:
+    """What torch.compile made does not ask whether there are hooks, unless they are around it."""
+    if "torch._dynamo" in sys.modules and type(model).__name__ != "OptimizedModule":
+        sys.modules["torch._dynamo"].reset()
+
+
+class _Hook:
+    """A hook that a model may be pickled with: what is read again is the model without handlers."""
+
+    def __init__(self, run: Callable[..., None]):
+        self.run = run
+
+    def __call__(self, *given: Any) -> None:
+        self.run(*given)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*given: Any) -> None:
+    """A hook without a tap."""
 
 
 def watched(module: nn.Module) -> bool:
@@ -173,8 +211,22 @@ def _push(frame: _Frame) -> None:
     _RUNNING.frames.append(frame)
 
 
-def _pop() -> None:
+def _pop(tap: Tap, module: nn.Module) -> bool:
+    """Leaves the module; False: it was not entered, as a hook that ran before raised."""
+    if not _RUNNING.frames or _RUNNING.frames[-1].tap is not tap or _RUNNING.frames[-1].module is not module:
+        return False
     _RUNNING.frames.pop()
+    _rest()
+    return True
+
+
+def _forget(tap: Tap) -> None:
+    """Leaves what was not left: torch runs no hook after KeyboardInterrupt."""
+    _RUNNING.frames = [frame for frame in _RUNNING.frames if frame.tap is not tap]
+    _rest()
+
+
+def _rest() -> None:
     if not _RUNNING.frames and _RUNNING.mode is not None:
         _RUNNING.mode.__exit__(None, None, None)
         _RUNNING.mode = None
@@ -187,8 +239,14 @@ def answer(asked: Asked, own: Own, keep: list[Tensor] | None = None) -> Tensor:
         return own(asked)
     was, _RUNNING.busy = _RUNNING.busy, True
     try:
+        first = asked
         for handler, layer in concerned:
             asked = handler.edit(layer, asked)
+        if asked is not first and _again_unseen():
+            raise ChronotopeError(
+                f"{concerned[0][1]}: it checkpoints a function of its own, which would run again for its gradient "
+                "where nobody watches; checkpoint a module, or set checkpointing off."
+            )
         out = solve(asked, own)
         if keep is not None:
             keep.append(weights(asked))
@@ -199,9 +257,22 @@ def answer(asked: Asked, own: Own, keep: list[Tensor] | None = None) -> Tensor:
         _RUNNING.busy = was
 
 
+def _again_unseen() -> bool:
+    """Whether this call is in a function within the module that runs, which torch will run again by itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        if frame.f_code is inspect.unwrap(checkpoint).__code__:
+            return torch.is_grad_enabled()
+        frame = frame.f_back
+    return False
+
+
 def _concerned() -> list[tuple[Handler, str]]:
     names = {id(frame.tap): (frame.tap, frame.name) for frame in _RUNNING.frames}
-    return [(handler, name) for tap, name in names.values() for handler in tap.handlers if handler.wants(name)]
+    found = [(handler, name) for tap, name in names.values() for handler in tap.handlers if handler.wants(name)]
+    return sorted(found, key=lambda one: one[0].late)
 
 
 def idle() -> bool:
@@ -243,14 +314,17 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor | tuple[Tenso
     if given["return_lse"] or given["backend"] != "auto":
         return attention(q, k, v, **given)
 
-    def own(asked: Asked) -> Tensor:
-        return attention(asked.q, asked.k, asked.v, **given)
+    def own(final: Asked) -> Tensor:
+        more: dict[str, Any] = {"scale": final.scale, "softcap": final.softcap}
+        if final.mask is not None and final.mask is not asked.mask:
+            more["bias"] = read_mask(final.mask, final.q.dtype).own
+        return attention(final.q, final.k, final.v, **(given | more))
 
-    mask, rule = (bias, None) if isinstance(bias, Tensor) else (None, bias)
+    mask, rule = (bias[(None,) * (4 - bias.ndim)], None) if isinstance(bias, Tensor) else (None, bias)
     pattern = full() if pattern is None else pattern
     asked = Asked(
         q, k, v, mask, scale=given["scale"], softcap=given["softcap"], crossed=other, bias=rule,
-        first=pattern, where=pattern, grid=grid,
+        first=pattern, where=pattern, grid=grid, key_grid=given["key_grid"] if other else None,
     )  # fmt: skip
     return answer(asked, own)
 
@@ -274,17 +348,24 @@ def _sdpa(
             asked.q, asked.k, asked.v, asked.mask, asked.dropout, asked.causal, scale=asked.scale, enable_gqa=enable_gqa
         )
 
-    mask = None if attn_mask is None else _four(attn_mask, query.shape[:-3])
-    q, k, v = (_four(x, x.shape[:-3]) for x in (query, key, value))
+    headed = max(query.ndim, key.ndim, value.ndim) > 3
+    lead = torch.broadcast_shapes(*(x.shape[: -3 if headed else -2] for x in (query, key, value)))
+    q, k, v = (_four(x, lead, headed).expand(math.prod(lead), -1, -1, -1) for x in (query, key, value))
+    mask = None if attn_mask is None else _four(attn_mask, lead, headed)
     later = max(0, k.shape[2] - q.shape[2]) if _decodes() else 0
     other = (q.shape[2] != k.shape[2] and not later) or crossed(k.shape[2])
     start = 0 if other or is_causal else later
     asked = Asked(q, k, v, mask, is_causal, scale, dropout=dropout_p, start=start, crossed=other)
-    return answer(asked, own, keep).reshape(*query.shape[:-1], value.shape[-1])
+    out = answer(asked, own, keep)
+    return out.reshape(*lead, *out.shape[1 if headed else 2 :])
 
 
-def _four(x: Tensor, lead: torch.Size) -> Tensor:
-    """[B, H, N, D] of any number of leading dimensions, which broadcast to `lead`."""
-    if x.ndim <= 3:
-        return x[(None,) * (3 - x.ndim)][:, None]
-    return x if x.ndim == 4 else x.expand(*lead, *x.shape[-3:]).flatten(0, -4)
+def _four(x: Tensor, lead: torch.Size, headed: bool) -> Tensor:
+    """[B or 1, H, N, D] of any number of leading dimensions, which broadcast to `lead`."""
+    if x.ndim == 4 and headed and len(lead) == 1:
+        return x  # the object itself, of which something may be known
+    x = x if headed else x[(None,) * (2 - x.ndim)].unsqueeze(-3)
+    x = x[(None,) * (3 - x.ndim)]
+    if math.prod(x.shape[:-3]) == 1:
+        return x.reshape(1, *x.shape[-3:])
+    return x.expand(*lead, *x.shape[-3:]).flatten(0, -4)

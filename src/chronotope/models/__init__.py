@@ -9,6 +9,7 @@ from chronotope.models.language import Language
 from chronotope.models.motion import Motion
 from chronotope.models.predictor import Predictor
 from chronotope.models.trajectory import Trajectory
+from chronotope.models.video_dit import VideoDiT
 
 __all__ = [
     "Classifier",
@@ -21,4 +22,5 @@ __all__ = [
     "Motion",
     "Predictor",
     "Trajectory",
+    "VideoDiT",
 ]

@@ -17,6 +17,7 @@ TASKS = {
     "pedestrians": "chronotope.tasks.trajectories:Pedestrians",
     "recommend": "chronotope.tasks.recommend:Recommend",
     "traffic": "chronotope.tasks.traffic:TrafficSpeed",
+    "video-diffusion": "chronotope.tasks.video_diffusion:VideoDiffusion",
 }
 """Where each is; imported when asked for."""
 

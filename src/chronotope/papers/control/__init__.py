@@ -1,0 +1,1 @@
+"""Interventions on the attention of trained models."""
