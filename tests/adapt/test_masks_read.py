@@ -151,7 +151,7 @@ def settled(ask: Ask, mask: Tensor, shown: Tensor) -> Tensor:
     return left.any(-1, keepdim=True) | ~(shown & (mask > -math.inf)).any(-1, keepdim=True)
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(asks())
 def test_a_mask_joins_a_pattern_as_a_dense_one_would(ask: Ask) -> None:
     q, k, v = tensors(ask)
@@ -165,7 +165,7 @@ def test_a_mask_joins_a_pattern_as_a_dense_one_would(ask: Ask) -> None:
     assert differ(out * rows, expected * rows, ask) < DTYPES[ask.dtype]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(asks(tuple(kind for kind in KINDS if kind != "gradient")))
 def test_a_reading_says_what_the_mask_says(ask: Ask) -> None:
     mask, n = mask_of(ask), ask.grid.size

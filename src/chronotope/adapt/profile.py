@@ -3,10 +3,10 @@
     mass = sum over visible keys of the weights        error^2 = sum |o_candidate - o|^2 / sum |o|^2
 
 are taken at some queries, drawn anew for each call, and the energies |o_candidate - o|^2 and |o|^2 are summed over
-them: no layer holds more than some rows of its weights. The `gain` of a layer says what its error does to the output
-of the model: the model is run with one candidate in this layer alone, and
+them: no layer holds more than some rows of its weights. What such an error does to the output of the model depends on
+its direction, and is measured: `influence` runs the model with one candidate in one layer alone,
 
-    gain = (|y' - y| / |y|) / (error of that candidate in that layer).
+    influence = |y' - y| / |y|
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from chronotope.routed import chosen
 Routed = tuple[tuple[Tensor, Tensor], float]
 AT_ONCE = 1 << 24
 """Weights that are held at once."""
+INFLUENCED = 2
+"""Inputs by which influences are measured."""
 
 
 @dataclass
@@ -86,7 +88,7 @@ class LayerProfile:
 
 
 class Profile:
-    """What `profile` measured: `layers[name][level]`, and `gains[name]` where candidates were given."""
+    """What `profile` measured: `layers[name][level]`."""
 
     def __init__(
         self, model: nn.Module, batches: list[Batch], grid: Grids | None, layers: Layers | None, queries: int,
@@ -96,11 +98,12 @@ class Profile:
         self.queries, self.levels, self.chosen = queries, tuple(sorted(levels)), layers
         self.layers: dict[str, dict[int, LayerProfile]] = {}
         self.left: dict[str, str] = {}
-        self.gains: dict[str, float] = {}
         self.candidates: list[Pattern] = []
+        self._influences: dict[tuple[str, Pattern], float] = {}
+        self._plain: list[Tensor] = []
 
     def measure(self, candidates: Iterable[Pattern]) -> None:
-        """What these keep, where it is not known yet: one more pass over the inputs, and one for each layer."""
+        """What these keep, where it is not known yet: one more pass over the inputs."""
         new = [one for one in dict.fromkeys(candidates) if one not in self.candidates]
         if not new and self.layers:
             return
@@ -124,7 +127,6 @@ class Profile:
         if not self.layers:
             told = "; ".join(f"{name}: {why}" for name, why in self.left.items())
             raise ChronotopeError(f"profile: no attention on a grid was seen in these inputs. {told}")
-        self._gain()
 
     def energy(self, name: str, candidate: Pattern) -> tuple[Float[Tensor, "h"], float]:
         """Error energies of the heads and the energy of the layer, over all noise levels."""
@@ -132,23 +134,24 @@ class Profile:
         lost = torch.stack([one.kept[candidate].error for one in own]).sum(0)
         return lost, float(torch.stack([one.sums["energy"] for one in own]).sum())
 
-    def _gain(self) -> None:
-        """Gains of the layers that have none, by the candidate whose error is nearest to a tenth."""
-        plain: list[Tensor] = []
-        for name in self.layers:
-            errors = {}
-            for one in self.candidates:
-                lost, energy = self.energy(name, one)
-                errors[one] = math.sqrt(float(lost.sum()) / energy) if energy > 0 else 0.0
-            usable = {one: error for one, error in errors.items() if error > 1e-6}
-            if name in self.gains or not usable:
-                continue
-            probe = min(usable, key=lambda one: abs(math.log(usable[one] / 0.1)))
+    def error(self, name: str, candidate: Pattern) -> float:
+        """Relative error of the output of a layer, over all noise levels."""
+        lost, energy = self.energy(name, candidate)
+        return math.sqrt(float(lost.sum()) / max(energy, 1e-300))
+
+    def influence(self, name: str, candidate: Pattern) -> float:
+        """Relative error of the output of the model with this candidate in this layer alone, on its first inputs.
+
+        One call of the model for each of them, where it is not known yet.
+        """
+        if (name, candidate) not in self._influences:
+            some = self.batches[:INFLUENCED]
             with torch.no_grad():
-                plain = plain or [output_of(call(self.model, batch)) for batch in self.batches[:1]]
-                with attach(self.model, {name: probe}, grid=self.grid):
-                    changed = [output_of(call(self.model, batch)) for batch in self.batches[:1]]
-            self.gains[name] = relative(plain, changed) / usable[probe]
+                self._plain = self._plain or [output_of(call(self.model, batch)) for batch in some]
+                with attach(self.model, {name: candidate}, grid=self.grid):
+                    changed = [output_of(call(self.model, batch)) for batch in some]
+            self._influences[name, candidate] = relative(self._plain, changed)
+        return self._influences[name, candidate]
 
     def __repr__(self) -> str:
         lines = [f"{len(self.layers)} layers, {len(self.batches)} inputs, {self.queries} queries of each"]

@@ -3,14 +3,14 @@ r"""The cheapest candidate for each head under an error budget.
 Heads and layers are taken to err independently, so the relative error of the output of the model is
 
 $$
-e^2 = \sum_l g_l^2 \; \frac{\sum_h E_{l h c(l,h)}}{\sum_h E_{l h}}
+e^2 = \sum_l \sum_h I_{l c(l,h)}^2 \; \frac{E_{l h c(l,h)}}{\sum_h E_{l h c(l,h)}}
 $$
 
-with the gains g and the energies E of the profile. One candidate c for each head, least mean cost, e <= budget: a
-multiple-choice knapsack. Its relaxation, in which a head may have two candidates in part, is solved exactly by taking
-steps along the convex hull of each head's (cost, error) in order of cost saved for error added; that cost is
-the `bound`. What is left of the budget is spent on steps that still fit, so the choice is dearer than the bound by
-less than one step of one head.
+with the influences I and the error energies E of the profile. One candidate c for each head, least mean cost, e <=
+budget: a multiple-choice knapsack. Its relaxation, in which a head may have two candidates in part, is solved exactly
+by taking steps along the convex hull of each head's (cost, error) in order of cost saved for error added; that cost is
+the `bound`. What is left of the budget is spent on steps that still fit, so the choice is dearer than the bound by less
+than one step of one head.
 
 Cost: pairs in tiles, as a share of those that the model computes as it is.
 """
@@ -32,6 +32,7 @@ from chronotope.errors import ChronotopeError
 from chronotope.patterns import Pattern, full
 from chronotope.planning import plan
 
+HALF = 0.5
 TRIES, SHRINKS = 6, 0.95
 """How often a choice that errs too much is made again, and how far below its due share the next budget is."""
 
@@ -115,16 +116,27 @@ def options(profile: Profile, candidates: list[Pattern]) -> Heads:
     for name, levels in profile.layers.items():
         one = next(iter(levels.values()))
         costs = {pattern: cost(profile, name, pattern) for pattern in candidates}
-        gain = profile.gains.get(name, 0.0)
         risks = {}
-        for pattern in candidates:
-            lost, energy = profile.energy(name, pattern)
-            risks[pattern] = gain**2 * lost / max(energy, 1e-300)
+        for pattern in _promising(profile, name, costs):
+            lost = profile.energy(name, pattern)[0]
+            risks[pattern] = profile.influence(name, pattern) ** 2 * lost / lost.sum().clamp(min=1e-300)
         for head in range(one.heads):
             own = [Option(full(), 1.0, 0.0)]
-            own += [Option(pattern, costs[pattern][head], float(risks[pattern][head])) for pattern in candidates]
+            own += [Option(pattern, costs[pattern][head], float(risk[head])) for pattern, risk in risks.items()]
             out[name, head] = own
     return out
+
+
+def _promising(profile: Profile, name: str, costs: dict[Pattern, list[float]]) -> list[Pattern]:
+    """Candidates of a layer without those that another does not exceed in cost while it errs at most half as much."""
+    facts = {one: (sum(own), profile.error(name, one)) for one, own in costs.items()}
+    return [
+        one
+        for one, (price, error) in facts.items()
+        if not any(
+            other <= price and HALF * error >= less for other, less in facts.values() if (other, less) != (price, error)
+        )
+    ]
 
 
 def cost(profile: Profile, name: str, pattern: Pattern) -> list[float]:

@@ -118,11 +118,7 @@ def best_uniform(seen: Profile, grid: Grid, density: float) -> Pattern | None:
 
 def expected(seen: Profile, where: Pattern) -> float:
     """Squared relative error of the output where every head has this pattern."""
-    total = 0.0
-    for name in seen.layers:
-        lost, energy = seen.energy(name, where)
-        total += seen.gains.get(name, 0.0) ** 2 * float(lost.sum()) / max(energy, 1e-300)
-    return total
+    return sum(seen.influence(name, where) ** 2 for name in seen.layers)
 
 
 def subject_of(model: str, inputs: str | None, settings: dict[str, Any]) -> Subject:

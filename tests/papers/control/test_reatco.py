@@ -1,5 +1,7 @@
 """ReAtCo (system 156): losses on maps and boxes, latents pulled by them, joint sampling, windows of frames."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import toys
@@ -178,6 +180,21 @@ def test_joint_sampling_keeps_the_source_and_a_mask_of_all_is_plain_sampling():
     assert torch.equal(joint_sample(model, noise, ALPHAS, 20), plain)
     with pytest.raises(ChronotopeError, match="belong together"):
         joint_sample(model, noise, ALPHAS, 20, mask=mask)
+
+
+def test_the_source_that_enters_is_as_noisy_as_the_step():
+    source, mask, entered = tensor(4, 2, 16, 16), torch.zeros(1, 1, 16, 16), []
+
+    def model(x, t):
+        entered.append((int(t[0]), x))
+        return x / 2
+
+    rng = torch.Generator().manual_seed(2)
+    joint_sample(model, tensor(4, 2, 16, 16, seed=1), ALPHAS, 5, source=source, mask=mask, generator=rng)
+    assert len(entered) == 5
+    noises = [(x - ALPHAS[t].sqrt() * source) / (1 - ALPHAS[t]).sqrt() for t, x in entered]
+    assert all(noise.std() == pytest.approx(1, abs=0.1) for noise in noises)
+    assert all((a * b).mean().abs() < 0.1 for a, b in pairwise(noises)), "fresh in each step"
 
 
 def smooth_pictures(side=12, reach=2.0):

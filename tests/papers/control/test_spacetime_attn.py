@@ -75,15 +75,17 @@ def layer_and_inputs(dtype=torch.float32):
     return layer, tensor(2, 64, 16, dtype=dtype), tensor(2, 14, 16, seed=1, dtype=dtype)
 
 
-def test_the_output_of_a_layer_is_the_formula():
+@pytest.mark.parametrize("centres", [CENTRES.tolist(), [[0.4, 0.5], [0.6, 0.45]]], ids=["apart", "overlapping"])
+def test_the_output_of_a_layer_is_the_formula(centres):
     layer, x, context = layer_and_inputs(torch.float64)
-    local = LocalTexts(LENGTHS, CENTRES.double(), STEPS)
+    centres = torch.tensor(centres, dtype=torch.float64)
+    local = LocalTexts(LENGTHS, centres, STEPS)
     with torch.no_grad():
         local.coef[:, 0] = torch.tensor([0.3, 1.7])
     with control(layer, local):
         got = layer(x, context)
     g, *own = (layer(x, part) for part in context.split(LENGTHS, 1))
-    masks = disc(CENTRES.double(), (8, 8)).flatten(1)[..., None]
+    masks = disc(centres, (8, 8)).flatten(1)[..., None]
     expected = g + 0.3 * masks[0] * (own[0] - g) + 1.7 * masks[1] * (own[1] - g)
     assert (got - expected).abs().max() < 1e-12
 
@@ -212,6 +214,8 @@ def test_checkpointing_gives_the_same_gradients_where_times_are_known(model):
     joined, noise, found = texts(model), tensor(1, 3, 8, 8), []
     for checkpointed in (False, True):
         local = LocalTexts(LENGTHS, CENTRES, STEPS, start=0.5, times=flow_times() if checkpointed else None)
+        with torch.no_grad():
+            local.coef.copy_(tensor(2, STEPS))
         with control(model, local, layers=LAYERS):
             loss = sampler(model, joined, noise, checkpointed)().square().mean()
             found.append(torch.autograd.grad(loss, local.coef)[0])
