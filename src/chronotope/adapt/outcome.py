@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.
 @dataclass(frozen=True)
 class Outcome:
     """errors: relative error of the output, input by input. Times in seconds are medians of pairs with the model as it
-    was; speedups are medians over pairs."""
+    was; speedups are medians over pairs. memory: the most bytes that a call allocates, weights and inputs left out."""
 
     name: str
     density: float
@@ -39,7 +40,7 @@ class Outcome:
     attention: float = math.nan
     speedup: float = math.nan
     attention_speedup: float = math.nan
-    told: dict[str, Any] = field(default_factory=dict)
+    memory: int = 0
 
     @property
     def error(self) -> float:
@@ -99,6 +100,7 @@ def _outcome(
         statistics.median(new[1] for _, new in pairs),
         statistics.median(old[0] / new[0] for old, new in pairs),
         statistics.median(old[1] / new[1] for old, new in pairs),
+        _memory(model, held_out[0], patch, grid),
     )
 
 
@@ -121,6 +123,34 @@ def _timed(model: nn.Module, batch: Batch, patch: Patch | None, grid: Any) -> tu
         finally:
             tap.drop(timer)
     return whole, timer.seconds
+
+
+def _memory(model: nn.Module, batch: Batch, patch: Patch, grid: Any) -> int:
+    with _patched(model, patch, grid):
+        return peak_bytes(lambda: call(model, batch))
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The highest sum of live allocations of a run: of CUDA's allocator where there is one, else of the CPU's.
+
+    Not counted: what the allocator keeps after it was freed, and buffers that MKL has of its own.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    # The library behind the profiler tells of its stages on stderr unless its level is above all of them.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    live = most = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
 
 
 class Timer(Handler):

@@ -18,7 +18,7 @@ from chronotope.tasks.adapting import Adapted
 
 def adapted_table(found: Adapted) -> Table:
     """One line for each patch."""
-    table = Table("patch", "density", "bound", "error on held-out inputs", "attention", "end to end")
+    table = Table("patch", "density", "bound", "error on held-out inputs", "attention", "end to end", "peak MB")
     for one in found.outcomes:
         density = density_of(found, one.name)
         spread = "" if math.isnan(one.spread) else f" ± {one.spread:.2%}"
@@ -29,6 +29,7 @@ def adapted_table(found: Adapted) -> Table:
             f"{one.error:.2%}{spread}",
             f"{one.attention_speedup:.2f}x",
             f"{one.speedup:.2f}x",
+            f"{one.memory / 1e6:.0f}",
         )
     return table
 
@@ -58,7 +59,7 @@ def write_adapted(found: Adapted, folder: Path) -> Path:
             {
                 "name": one.name, "density": density_of(found, one.name), "errors": list(one.errors),
                 "error": one.error, "interval": one.spread, "seconds": one.seconds, "attention seconds": one.attention,
-                "speedup": one.speedup, "attention speedup": one.attention_speedup,
+                "speedup": one.speedup, "attention speedup": one.attention_speedup, "peak bytes": one.memory,
             }
             for one in found.outcomes
         ],

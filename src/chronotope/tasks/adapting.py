@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,10 @@ def subject_of(model: str, inputs: str | None, settings: dict[str, Any]) -> Subj
 
 
 def factory(name: str) -> Callable[..., Any]:
-    """The function `package.module:function`."""
+    """The function `package.module:function`, or `package.module:Class.function`."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        return attrgetter(function)(importlib.import_module(module))  # type: ignore[no-any-return]
     except (ImportError, AttributeError) as error:
         raise ChronotopeError(f"{name}: {error}; write it as package.module:function.") from None
 

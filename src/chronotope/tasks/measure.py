@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from chronotope.adapt.outcome import peak_bytes
 from chronotope.attention import attention
 from chronotope.grid import Grid
 from chronotope.models import Predictor
@@ -118,18 +118,9 @@ def peak_mb(q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 hk n d"], planned: 
     The highest sum of live allocations of torch's CPU allocator as the profiler records them, and the tensors of the
     plan, which stay. Not counted: what the allocator keeps after it was freed, and buffers that MKL has of its own.
     """
-    # The library behind the profiler tells of its stages on stderr unless its level is above all of them.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     inputs = tuple(x.detach().clone().requires_grad_() for x in (q, k, k))
     _call(inputs, planned, train=True)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        _call(inputs, planned, train=True)
-    live = most = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
+    most = peak_bytes(lambda: _call(inputs, planned, train=True))
     return (most + plan_bytes(planned)) / 1e6
 
 
