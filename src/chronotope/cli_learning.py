@@ -87,6 +87,6 @@ def evaluate(
         raise ChronotopeError(f"{data}: no such data; say where they are, --data PATH.")
     found = measure_again(settle(registry.task(task), data, model, settings), run)
     table = Table("metric", *found)
-    for metric in next(iter(found.values())):
-        table.add_row(metric, *(f"{numbers[metric]:.4f}" for numbers in found.values()))
+    for metric in dict.fromkeys(name for numbers in found.values() for name in numbers):
+        table.add_row(metric, *(f"{numbers[metric]:.4f}" if metric in numbers else "" for numbers in found.values()))
     Console(highlight=False).print(table)

@@ -16,7 +16,7 @@ import chronotope as ct
 from chronotope.adapt import Assignment, apply, load
 from chronotope.adapt.candidates import candidates
 from chronotope.adapt.inputs import relative
-from chronotope.adapt.outcome import interval, outcomes
+from chronotope.adapt.outcome import interval, report
 from chronotope.cli import app
 from chronotope.models import VideoDiT
 from chronotope.tasks.adapting import Subject, adapt, check, pretrained, subject_of
@@ -83,7 +83,7 @@ def test_the_budget_holds_on_the_inputs_that_were_chosen_by_and_nearly_on_others
 
 def test_outcomes_are_of_each_input_and_times_are_of_pairs() -> None:
     own = subject()
-    (row,) = outcomes(own.model, {"near": ct.window(t=1)}, own.held_out, grid=GRID, rounds=2)
+    (row,) = report(own.model, {"near": ct.window(t=1)}, own.held_out, grid=GRID, rounds=2)
     assert len(row.errors) == 3 and row.spread == interval(row.errors)
     assert 0 < row.attention < row.seconds and row.speedup > 0 and row.attention_speedup > 0 and row.memory > 0
 

@@ -3,11 +3,13 @@
 from chronotope.adapt.asked import Asked
 from chronotope.adapt.assignment import Assignment, apply, load
 from chronotope.adapt.attach import Handle, Layer, attach
+from chronotope.adapt.candidates import candidates
 from chronotope.adapt.control import At, Capture, Control, control
+from chronotope.adapt.outcome import Outcome, report
 from chronotope.adapt.profile import Profile, profile
 from chronotope.adapt.search import search
 
 __all__ = [
-    "Asked", "Assignment", "At", "Capture", "Control", "Handle", "Layer", "Profile", "apply", "attach", "control",
-    "load", "profile", "search",
+    "Asked", "Assignment", "At", "Capture", "Control", "Handle", "Layer", "Outcome", "Profile", "apply", "attach",
+    "candidates", "control", "load", "profile", "report", "search",
 ]  # fmt: skip

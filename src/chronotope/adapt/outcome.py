@@ -62,7 +62,7 @@ def interval(values: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def outcomes(
+def report(
     model: nn.Module,
     patches: Mapping[str, Patch],
     held_out: Sequence[Batch],
@@ -76,7 +76,7 @@ def outcomes(
     is done before.
     """
     if not held_out:
-        raise ChronotopeError("outcomes: no inputs were given.")
+        raise ChronotopeError("report: no inputs were given.")
     plain = [output_of(call(model, batch)) for batch in held_out]
     return [_outcome(model, name, patch, held_out, plain, grid, rounds) for name, patch in patches.items()]
 

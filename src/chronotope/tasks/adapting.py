@@ -19,7 +19,7 @@ from chronotope.adapt import Assignment, Profile, attach, profile, search
 from chronotope.adapt.attach import Grids
 from chronotope.adapt.candidates import candidates
 from chronotope.adapt.inputs import Batch, call, output_of, relative
-from chronotope.adapt.outcome import Outcome, outcomes
+from chronotope.adapt.outcome import Outcome, report
 from chronotope.adapt.search import cost
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
@@ -79,7 +79,7 @@ def adapt(
     patches: dict[str, Assignment | Pattern] = {"dense": full(), "searched": found}
     if uniform is not None:
         patches["best uniform"] = uniform
-    rows = outcomes(model, patches, subject.held_out, grid=subject.grid, rounds=rounds)
+    rows = report(model, patches, subject.held_out, grid=subject.grid, rounds=rounds)
     return Adapted(seen, found, uniform, rows, rounding)
 
 
