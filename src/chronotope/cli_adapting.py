@@ -105,6 +105,7 @@ def sampling(
     from chronotope.tasks import registry
     from chronotope.tasks import sampling as work
     from chronotope.tasks.learning import recall, settle
+    from chronotope.tasks.show import save_rows
     from chronotope.tasks.video_diffusion import VideoDiffusion
 
     torch.set_num_threads(threads)
@@ -120,7 +121,7 @@ def sampling(
     )
     console.print(work.table(rows))
     console.print(
-        f"wrote {work.save(rows, out / 'sampling.json', {'run': str(run), 'steps': steps, 'tuning': tuning})}"
+        f"wrote {save_rows(rows, out / 'sampling.json', {'run': str(run), 'steps': steps, 'tuning': tuning})}"
     )
 
 
@@ -146,6 +147,7 @@ def reading(
     import torch
 
     from chronotope.tasks import reading as work
+    from chronotope.tasks.show import save_rows
 
     torch.set_num_threads(threads)
     console = Console(highlight=False)
@@ -159,5 +161,5 @@ def reading(
     rows = [row for reader in readers for row in work.read(reader, shares, console=console)]
     console.print(work.table(rows))
     console.print(
-        f"wrote {work.save(rows, out / 'reading.json', {'length': length, 'steps': steps, 'needles': needles})}"
+        f"wrote {save_rows(rows, out / 'reading.json', {'length': length, 'steps': steps, 'needles': needles})}"
     )

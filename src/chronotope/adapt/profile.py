@@ -25,7 +25,7 @@ from chronotope.adapt.asked import Asked
 from chronotope.adapt.attach import Grids, Layers, Lies, attach, attention_names, selection
 from chronotope.adapt.control import Clock
 from chronotope.adapt.inputs import Batch, call, output_of, relative
-from chronotope.adapt.solve import both, exactly, fronted, joined, rows_of_bias
+from chronotope.adapt.solve import both, exactly, fronted, joined, logits, rows_of_bias
 from chronotope.adapt.tap import Handler, Tap
 from chronotope.attention import attention
 from chronotope.boxes import chunks
@@ -81,10 +81,6 @@ class LayerProfile:
     def mass(self, candidate: Pattern) -> Float[Tensor, "h"]:
         """Share of the weights that the candidate keeps."""
         return self.kept[candidate].mass / max(1, self.queries)
-
-    def whole_error(self, candidate: Pattern) -> float:
-        """Relative error of all heads together."""
-        return math.sqrt(float(self.kept[candidate].error.sum() / self.sums["energy"].sum().clamp(min=1e-300)))
 
 
 class Profile:
@@ -266,7 +262,9 @@ def _look(
     for part in chunks(len(at), asked.q.shape[0] * found.heads * grid.size, AT_ONCE):
         some = at[part]
         here = Coords.of(grid, some[:, None])
-        weights, left = _weights(asked, k, rule, bias, some, here, keys)
+        scores = _scores(asked, k, rule, bias, some, here, keys)
+        lse = scores.logsumexp(-1)
+        weights, left = _weights(scores, asked.sinks)
         out = weights @ v
         _statistics(found, weights, out, here, keys, grid)
         for one in patterns:
@@ -279,36 +277,27 @@ def _look(
                 _add(found.kept[one], index, mass, new - out[:, index])
         for one, (rows, _) in routed.items():
             kept_out, share = rows[0][:, :, part], rows[1][:, :, part]
-            lse = _lse(asked, k, rule, bias, some, here, keys)
             mass = (share - lse).exp().nan_to_num(0.0) * (1 - left)  # queries that see nothing keep nothing
             _add(found.kept[one], list(range(found.heads)), mass, kept_out - out)
         found.queries += weights.shape[0] * len(some)
 
 
 def _weights(
-    asked: Asked, k: Tensor, rule: Pattern, bias: Any, some: Tensor, here: Coords, keys: Coords
+    scores: Float[Tensor, "b h s nk"], sinks: Float[Tensor, "h"] | None
 ) -> tuple[Float[Tensor, "b h s nk"], Float[Tensor, "b h s"]]:
     """Dense weights of some queries, and what sinks take of each row."""
-    scores = _scores(asked, k, rule, bias, some, here, keys)
-    if asked.sinks is not None:
-        sinks = asked.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat((scores, sinks), -1).softmax(-1)
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), -1).softmax(-1)
         return weights[..., :-1], weights[..., -1]
     weights = torch.nan_to_num(scores.softmax(-1))
     return weights, torch.zeros_like(weights[..., 0])
 
 
-def _lse(asked: Asked, k: Tensor, rule: Pattern, bias: Any, some: Tensor, here: Coords, keys: Coords) -> Tensor:
-    return _scores(asked, k, rule, bias, some, here, keys).logsumexp(-1)
-
-
 def _scores(
     asked: Asked, k: Tensor, rule: Pattern, bias: Any, some: Tensor, here: Coords, keys: Coords
 ) -> Float[Tensor, "b h s nk"]:
-    scale = 1 / math.sqrt(asked.q.shape[-1]) if asked.scale is None else asked.scale
-    scores = scale * asked.q[:, :, some].float() @ k.transpose(-1, -2)
-    if asked.softcap is not None:
-        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    scores = logits(asked.q[:, :, some].float(), k, asked.scale, asked.softcap)
     if isinstance(bias, Tensor):
         scores = scores + rows_of_bias(bias, some).float()
     elif bias is not None:

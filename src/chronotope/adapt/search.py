@@ -17,7 +17,7 @@ Cost: pairs in tiles, as a share of those that the model computes as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -33,6 +33,7 @@ from chronotope.patterns import Pattern, full
 from chronotope.planning import plan
 
 HALF = 0.5
+"""A candidate is not tried where another of no higher cost errs at most so much of its error."""
 TRIES, SHRINKS = 6, 0.95
 """How often a choice that errs too much is made again, and how far below its due share the next budget is."""
 
@@ -193,27 +194,37 @@ def _cheapest(heads: Heads, budget: float) -> tuple[dict[tuple[str, int], Option
     return {key: hulls[key][at[key]] for key in heads}, bound / len(heads)
 
 
-def _under_density(profile: Profile, heads: Heads, density: float) -> Assignment:
+def _under_density(profile: Profile, heads: Heads, most: float) -> Assignment:
     """The least error at which the mean cost is within the limit: the budget is halved until it is met."""
     high = sum(max(option.risk for option in own) for own in heads.values())
     found, bound = _cheapest(heads, high)
-    if mean_cost(found) > density:
+    if mean_cost(found) > most:
         raise ChronotopeError(
-            f"search: no choice among these candidates has a density of {density}; the least is "
+            f"search: no choice among these candidates has a density of {most}; the least is "
             f"{mean_cost(found):.3f}; give sparser candidates."
         )
     low = 0.0
     for _ in range(60):
         middle = (low + high) / 2
         tried = _cheapest(heads, middle)
-        if mean_cost(tried[0]) <= density:
+        if mean_cost(tried[0]) <= most:
             high, (found, bound) = middle, tried
         else:
             low = middle
     return _assignment(profile, heads, found, bound)
 
 
+def density(profile: Profile, layers: Mapping[str, Sequence[Pattern]]) -> float:
+    """Mean cost over the heads of these layers, a pattern for each head."""
+    found: list[float] = []
+    for name, own in layers.items():
+        costs = {one: cost(profile, name, one) for one in dict.fromkeys(own)}
+        found += [costs[one][head] for head, one in enumerate(own)]
+    return sum(found) / len(found)
+
+
 def mean_cost(found: dict[tuple[str, int], Option]) -> float:
+    """Of a choice."""
     return sum(option.cost for option in found.values()) / len(found)
 
 

@@ -77,10 +77,7 @@ def exactly(x: Tensor) -> AbstractContextManager[Any]:
 
 def _weights(asked: Asked) -> Float[Tensor, "b h nq nk"]:
     exact = torch.promote_types(asked.q.dtype, torch.float32)
-    scale = 1 / math.sqrt(asked.q.shape[-1]) if asked.scale is None else asked.scale
-    scores = scale * asked.q.to(exact) @ _spread(asked.k, asked).to(exact).transpose(-1, -2)
-    if asked.softcap is not None:
-        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    scores = logits(asked.q.to(exact), _spread(asked.k, asked).to(exact), asked.scale, asked.softcap)
     seen = _seen(asked)
     if asked.mask is not None:
         scores = scores + read_mask(asked.mask, asked.q.dtype).own.to(exact)
@@ -157,7 +154,7 @@ def rows(
         some = []
         for part in chunks(q.shape[2], q.shape[0] * len(heads) * grid.size, AT_ONCE):
             at = torch.arange(start + part.start, start + part.stop, device=q.device)
-            own = None if bias is None else _rows_of(bias, heads, part)
+            own = None if bias is None else rows_of_bias(bias, part, heads)
             with exactly(q):
                 some.append(_dense(qs[:, :, part], ks, vs, _sees(pattern, grid, at), own, scale, softcap))
         order += heads
@@ -183,9 +180,7 @@ def _dense(
     exact = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1).to(exact) for x in (k, v))
-    scores = (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * q.to(exact) @ k.transpose(-1, -2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = logits(q.to(exact), k, scale, softcap)
     scores = (scores if bias is None else scores + bias.to(exact)).masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     blind = lse == -torch.inf
@@ -220,16 +215,16 @@ def both(where: Pattern, rule: Pattern) -> Pattern:
     return rule if where == full() else where & rule
 
 
-def _rows_of(bias: Tensor, heads: tuple[int, ...], part: slice) -> Tensor:
-    """A bias that broadcasts to [B, H, Nq, Nk], for some heads and queries."""
-    bias = bias[(None,) * (4 - bias.ndim)]
-    bias = bias if bias.shape[1] == 1 else bias[:, list(heads)]
-    return bias if bias.shape[2] == 1 else bias[:, :, part]
+def logits(q: Tensor, k: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """scale q k^T, capped; scale: 1 / sqrt(D) if it is None. q and k have the same heads."""
+    scores = (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * q @ k.transpose(-1, -2)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def rows_of_bias(bias: Tensor, at: Tensor) -> Tensor:
-    """A bias that broadcasts to [B, H, Nq, Nk], for some queries."""
+def rows_of_bias(bias: Tensor, at: Tensor | slice, heads: tuple[int, ...] | None = None) -> Tensor:
+    """A bias that broadcasts to [B, H, Nq, Nk], for some queries and heads; None: all heads."""
     bias = bias[(None,) * (4 - bias.ndim)]
+    bias = bias if heads is None or bias.shape[1] == 1 else bias[:, list(heads)]
     return bias if bias.shape[2] == 1 else bias[:, :, at]
 
 

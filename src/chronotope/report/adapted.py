@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from chronotope.adapt.search import cost
+from chronotope.adapt.search import cost, density
 from chronotope.machine import processor
 from chronotope.report.plot import plotly, write_figures
-from chronotope.tasks.adapting import Adapted
+from chronotope.tasks.adapting import Adapted, alike
 
 
 def adapted_table(found: Adapted) -> Table:
     """One line for each patch."""
     table = Table("patch", "density", "bound", "error on held-out inputs", "attention", "end to end", "peak MB")
     for one in found.outcomes:
-        density = density_of(found, one.name)
+        share = density_of(found, one.name)
         spread = "" if math.isnan(one.spread) else f" ± {one.spread:.2%}"
         table.add_row(
             one.name,
-            f"{density:.3f}",
-            f"{1 / density:.1f}x",
+            f"{share:.3f}",
+            f"{1 / share:.1f}x",
             f"{one.error:.2%}{spread}",
             f"{one.attention_speedup:.2f}x",
             f"{one.speedup:.2f}x",
@@ -41,8 +41,7 @@ def density_of(found: Adapted, name: str) -> float:
     if name == "searched":
         return found.assignment.density
     assert found.uniform is not None
-    each = [share for layer in found.profile.layers for share in cost(found.profile, layer, found.uniform)]
-    return sum(each) / len(each)
+    return density(found.profile, alike(found.profile, found.uniform))
 
 
 def write_adapted(found: Adapted, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from chronotope.adapt.attach import Grids
 from chronotope.adapt.candidates import candidates
 from chronotope.adapt.inputs import Batch, call, output_of, relative
 from chronotope.adapt.outcome import Outcome, report
-from chronotope.adapt.search import cost
+from chronotope.adapt.search import density
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.patterns import Pattern, full, window
@@ -97,7 +97,7 @@ def check(subject: Subject) -> float:
     return off
 
 
-def best_uniform(seen: Profile, grid: Grid, density: float) -> Pattern | None:
+def best_uniform(seen: Profile, grid: Grid, most: float) -> Pattern | None:
     """The window for all heads and layers with the least expected error, of nearly the density of the choice."""
     first, *others = grid.axes
     costs = {}
@@ -106,15 +106,19 @@ def best_uniform(seen: Profile, grid: Grid, density: float) -> Pattern | None:
     for own, side in product(spans, shared):
         sizes: dict[str, Any] = {first: own} | dict.fromkeys(others, side)
         where = window(**sizes)
-        mean = [share for name in seen.layers for share in cost(seen, name, where)]
-        costs[where] = sum(mean) / len(mean)
-    near = sorted((where for where in costs if costs[where] <= density), key=lambda where: -costs[where])
+        costs[where] = density(seen, alike(seen, where))
+    near = sorted((where for where in costs if costs[where] <= most), key=lambda where: -costs[where])
     if not near:
         return None
-    least = min(NEAR * density, costs[near[0]])
+    least = min(NEAR * most, costs[near[0]])
     near = [where for where in near if costs[where] >= least]
     seen.measure(near[:UNIFORM])
     return min(near[:UNIFORM], key=lambda where: expected(seen, where))
+
+
+def alike(seen: Profile, where: Pattern) -> dict[str, tuple[Pattern, ...]]:
+    """One pattern for every head of every layer."""
+    return {name: (where,) * next(iter(levels.values())).heads for name, levels in seen.layers.items()}
 
 
 def expected(seen: Profile, where: Pattern) -> float:

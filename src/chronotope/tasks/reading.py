@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +124,3 @@ def table(rows: Sequence[Read]) -> Table:
     for one in rows:
         out.add_row(one.measure, one.patch, f"{one.density:.3f}", f"{one.value:.4f}")
     return out
-
-
-def save(rows: Sequence[Read], path: Path, facts: dict[str, Any]) -> Path:
-    """Writes the rows as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | {"rows": [asdict(one) for one in rows]}, indent=1) + "\n")
-    return path

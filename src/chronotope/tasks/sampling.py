@@ -7,12 +7,9 @@ after a light fine-tuning towards the dense model, each in its own copy.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -24,6 +21,7 @@ from chronotope.adapt import Assignment, apply, profile, search
 from chronotope.adapt.attach import attention_names
 from chronotope.adapt.candidates import candidates
 from chronotope.adapt.outcome import interval
+from chronotope.adapt.search import density
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 from chronotope.models.diffusion import flow_sample
@@ -32,7 +30,6 @@ from chronotope.nn import Attention
 from chronotope.papers.pattern.radial import radial
 from chronotope.papers.routing.vmoba import vmoba
 from chronotope.patterns import Pattern
-from chronotope.planning import plan
 from chronotope.tasks.distilling import distil
 
 LEVELS = (0.25, 0.5, 0.75)
@@ -109,22 +106,14 @@ def patches(model: VideoDiT, grid: Grid, states: list[tuple[Tensor, Tensor]]) ->
 def _density(
     layers: dict[str, tuple[Pattern, ...]], grid: Grid, states: list[tuple[Tensor, Tensor]], model: VideoDiT
 ) -> float:
-    """Pairs in tiles, by plan, or where content decides, as a profile finds them."""
-    shares: list[float] = []
-    routes = [one for own in layers.values() for one in dict.fromkeys(own) if one.routes]
-    seen = profile(model, states[:2], routes, grid=grid, queries=1) if routes else None
-    for name, own in layers.items():
-        for one in own:
-            if one.routes and seen is not None:
-                kept = next(iter(seen.layers[name].values())).kept[one]
-                shares.append(kept.pairs / kept.calls)
-            else:
-                shares.append(plan(one, grid).tile_density)
-    return statistics.fmean(shares)
+    """Pairs in tiles, as a profile of a few states finds them."""
+    tried = dict.fromkeys(one for own in layers.values() for one in own)
+    return density(profile(model, states[:2], tried, grid=grid, queries=1), layers)
 
 
 @torch.no_grad()
 def sample(model: VideoDiT, noise: Float[Tensor, "n *s"], steps: int) -> Float[Tensor, "n *s"]:
+    """A clip of each noise, one at a time."""
     return torch.cat([flow_sample(model, one[None], steps) for one in noise])
 
 
@@ -168,10 +157,3 @@ def table(rows: list[Sampled]) -> Table:
             f"{1 / one.density:.1f}x",
         )  # fmt: skip
     return out
-
-
-def save(rows: list[Sampled], path: Path, facts: dict[str, Any]) -> Path:
-    """Writes the rows as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | {"rows": [asdict(one) for one in rows]}, indent=1) + "\n")
-    return path

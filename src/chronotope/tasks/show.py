@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -64,3 +68,10 @@ def console(**options: Any) -> Console:
     if not out.is_terminal:
         out.width = max(out.width, WIDTH)
     return out
+
+
+def save_rows(rows: Sequence[Any], path: Path, facts: dict[str, Any]) -> Path:
+    """Writes dataclasses, and the facts that go with them, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | {"rows": [asdict(one) for one in rows]}, indent=1) + "\n")
+    return path
