@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ SEVERAL = {
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.lists(expressions(GRID, GRID, depth=2), min_size=1, max_size=3), max_size=3), st.floats(0, 1))
-def test_what_is_saved_is_read(tmp_path: Path, texts: list[list[str]], number: float) -> None:
+@given(
+    st.lists(st.lists(expressions(GRID, GRID, depth=2), min_size=1, max_size=3), max_size=3),
+    st.floats(0, 1),
+    st.lists(st.floats(-1e3, 1e3), max_size=2),
+)
+def test_what_is_saved_is_read(tmp_path: Path, texts: list[list[str]], number: float, borders: list[float]) -> None:
     layers = {f"layer.{i}": tuple(map(build, own)) for i, own in enumerate(texts)}
-    plan = Assignment(layers, number, number, number, {"grids": {"layer.0": "Grid(h=3)"}, "inputs": 3})
+    above = dict.fromkeys(borders, layers)
+    plan = Assignment(layers, number, number, number, {"grids": {"layer.0": "Grid(h=3)"}, "inputs": 3}, above)
     if "predicate" in str(texts):  # functions have no text
         with pytest.raises(ChronotopeError, match="has to be read again"):
             plan.save(tmp_path / "plan.json")
@@ -47,8 +53,8 @@ def test_routes_and_heads_are_read(tmp_path: Path) -> None:
 
 def good() -> dict[str, Any]:
     return json.loads(json.dumps({
-        "schema": "chronotope.assignment", "version": 1, "error": 0.1, "density": 0.5, "bound": 0.4, "measured": {},
-        "layers": {"blocks.0": ["window(h=3, w=1)", "full()"]},
+        "schema": "chronotope.assignment", "version": 2, "error": 0.1, "density": 0.5, "bound": 0.4, "measured": {},
+        "layers": {"blocks.0": ["window(h=3, w=1)", "full()"]}, "above": [[0.5, {"blocks.0": ["full()", "full()"]}]],
     }))  # fmt: skip
 
 
@@ -62,7 +68,10 @@ BROKEN: list[Any] = [
         {"a": ["graph([[1], [2, 3]])"]}, {"a": ["segments('x')"]}, {"a": ["predicate(3)"]},
     )),
     *({name: value} for name in ("error", "density", "bound") for value in (None, "0.1", [1])),
-    {"schema": "other"}, {"schema": None}, {"version": 2}, {"version": "1"}, {"version": None}, {"measured": [1]},
+    *({"above": above} for above in (
+        None, {}, 3, [3], [[]], [[1]], [["1", {}]], [[math.nan, {}]], [[1, {}, 2]], [[1, []]], [[1, {"a": []}]],
+    )),
+    {"schema": "other"}, {"schema": None}, {"version": 1}, {"version": "2"}, {"version": None}, {"measured": [1]},
 ]  # fmt: skip
 
 

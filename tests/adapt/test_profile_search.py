@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import chronotope as ct
 from chronotope.adapt import Profile, profile, search
-from chronotope.adapt.search import Option, _cheapest, _hull, mean_cost, options
+from chronotope.adapt.search import Key, Option, _cheapest, _hull, mean_cost, options
 from chronotope.errors import ChronotopeError
 from strategies import build, expressions, grids
 
@@ -181,7 +181,7 @@ def test_influence_is_what_an_error_does_to_the_output() -> None:
     found = profile(model, [x], [WHERE], grid=GRID, queries=N)
     a, y = F.scaled_dot_product_attention(x, x, x), model(x)
     for name, c in (("one", 3), ("two", 0.1)):
-        gain = found.influence(name, WHERE) / found.error(name, WHERE)
+        gain = found.influence(name, WHERE) / found.layers[name][0].together(WHERE)
         assert math.isclose(gain, float((c * a).norm() / y.norm()), rel_tol=1e-3)
 
 
@@ -227,19 +227,19 @@ NARROW = [ct.window(n=size) for size in (1, 3, 5)]
 
 
 @composite
-def heads_of_options(draw: DrawFn) -> dict[tuple[str, int], list[Option]]:
+def heads_of_options(draw: DrawFn) -> dict[Key, list[Option]]:
     number = st.floats(0, 1, width=16)
     out = {}
     for head in range(draw(st.integers(1, 4))):
         own = [Option(ct.full(), 1.0, 0.0)]
         own += [Option(NARROW[i], draw(number), draw(number)) for i in range(draw(st.integers(0, 3)))]
-        out["layer", head] = own
+        out["layer", 0, head] = own
     return out
 
 
 @settings(max_examples=60, deadline=None)
 @given(heads_of_options(), st.floats(0, 3, width=16))
-def test_a_choice_is_within_one_step_of_the_best(heads: dict[tuple[str, int], list[Option]], budget: float) -> None:
+def test_a_choice_is_within_one_step_of_the_best(heads: dict[Key, list[Option]], budget: float) -> None:
     found, bound = _cheapest(heads, budget)
     best = min(
         sum(option.cost for option in choice) / len(heads)
@@ -255,7 +255,7 @@ def test_a_choice_is_within_one_step_of_the_best(heads: dict[tuple[str, int], li
 
 @settings(max_examples=50, deadline=None)
 @given(heads_of_options(), st.lists(st.floats(0, 3, width=16), min_size=2, max_size=6))
-def test_more_budget_never_costs_more(heads: dict[tuple[str, int], list[Option]], budgets: list[float]) -> None:
+def test_more_budget_never_costs_more(heads: dict[Key, list[Option]], budgets: list[float]) -> None:
     costs = [mean_cost(_cheapest(heads, budget)[0]) for budget in sorted(budgets)]
     bounds = [_cheapest(heads, budget)[1] for budget in sorted(budgets)]
     assert all(a >= b - 1e-9 for a, b in itertools.pairwise(costs))
@@ -377,7 +377,7 @@ grid = ct.Grid(t={t}, h=64, w=64)
 x = torch.randn(1, 2, grid.size, 32)
 found = ct.adapt.profile(Layer(), [x], [ct.window(t=3, h=9, w=9), ct.along("h", "w")], grid=grid, queries=64)
 assert found.layers[""][0].queries == 64
-assert 0.8 < found.influence("", found.candidates[0]) / found.error("", found.candidates[0]) < 1.2
+assert 0.8 < found.influence("", found.candidates[0]) / found.layers[""][0].together(found.candidates[0]) < 1.2
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from chronotope.adapt.asked import Asked
+from chronotope.adapt.inputs import TIMES, noise_level
 from chronotope.adapt.places import read_place
 from chronotope.adapt.places_transformers import read_grid
 from chronotope.adapt.solve import both
@@ -100,13 +101,15 @@ def attach(model: nn.Module, where: Where, grid: Grids | None = None, layers: La
 
 
 class Patterns(Handler):
-    """Sets `where` and the grid of each call."""
+    """Sets `where` and the grid of each call. `of` says which pattern a layer has."""
 
-    def __init__(self, model: nn.Module, where: Where, grid: Grids | None, layers: Layers | None):
+    def __init__(
+        self, model: nn.Module, where: Where, grid: Grids | None, layers: Layers | None, borders: Sequence[float] = ()
+    ):
         self.where = checked(where, model)
         self.names = attention_names(model)
         self.chosen = selection(layers, self.names)
-        self.lies = Lies(grid)
+        self.lies = Lies(grid, borders)
         self.found: dict[str, Layer] = {}
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ class Patterns(Handler):
         return self.chosen(layer)
 
     def edit(self, layer: str, asked: Asked) -> Asked:
-        where = self._of(layer)
+        where = self.of(layer)
         if where is None:
             return self._note(layer, asked, why="no pattern was named for it")
         laid = self.lies.lay(layer, asked)
@@ -144,7 +147,8 @@ class Patterns(Handler):
         joint = where if asked.where is None else both(asked.where, where)
         return self._note(layer, asked.but(where=joint, grid=grid, tail=tail), done=done)
 
-    def _of(self, layer: str) -> Pattern | None:
+    def of(self, layer: str) -> Pattern | None:
+        """The pattern of a layer in this call; None: it stays as it is."""
         if isinstance(self.where, Pattern):
             return self.where
         return self.where.get(layer) if isinstance(self.where, Mapping) else self.where(layer)
@@ -166,13 +170,15 @@ class Patterns(Handler):
 class Lie:
     """Where the tokens of a call of the model lie.
 
-    more: on which side tokens beyond the grid, its prefix, are; None: there are none. elsewhere: parts of the model
-    that see other tokens.
+    more: on which side tokens beyond the grid, its prefix, are; None: there are none. elsewhere, ahead, parts: as those
+    of a `Place`.
     """
 
     grid: Grid
     more: str | None = None
     elsewhere: tuple[str, ...] = ()
+    ahead: int = 0
+    parts: Mapping[str, Grid] = field(default_factory=dict)
 
 
 class Now(threading.local):
@@ -180,18 +186,20 @@ class Now(threading.local):
 
     lie: Lie | None = None
     inside = recorded = met = missed = False
+    level = 0
 
 
 class Lies:
-    """Where the tokens of the calls of a model lie.
+    """Where the tokens of the calls of a model lie, and between which `borders` the noise level of each call is.
 
     A layer that is run again for its gradient, after the call of the model, has them where it had them first: in one of
     the calls since layers were last run again.
     """
 
-    def __init__(self, grid: Grids | None):
-        self.grid, self.now, self.again = grid, Now(), False
+    def __init__(self, grid: Grids | None, borders: Sequence[float] = ()):
+        self.grid, self.borders, self.now, self.again = grid, tuple(sorted(borders)), Now(), False
         self.seen: dict[tuple[str, int], dict[tuple[Grid, int] | str, None]] = {}
+        self.levels: set[int] = set()
 
     @property
     def lie(self) -> Lie | None:
@@ -203,12 +211,33 @@ class Lies:
         self.now.met = self.now.missed = False
         self.now.recorded = torch.is_grad_enabled()  # else nothing is run again
         if self.again:
-            self.seen, self.again = {}, False
+            self.seen, self.levels, self.again = {}, set(), False
+        self.now.level = self._between(noise_level(model, args, kwargs))
+        if self.now.recorded:
+            self.levels.add(self.now.level)
         self.now.lie, self.now.inside = lie_of(model, self.grid, args, kwargs), True
+
+    def _between(self, time: float | None) -> int:
+        if time is None and self.borders:
+            raise ChronotopeError(
+                f"noise levels {', '.join(map(str, self.borders))} were named, and this model is called without one: "
+                f"its inputs have no {', '.join(TIMES)}."
+            )
+        return sum(time is not None and time >= border for border in self.borders)
 
     def end(self) -> None:
         """The call is over."""
         self.now.inside = False
+
+    @property
+    def level(self) -> int:
+        """How many borders the noise level of the call that runs has reached."""
+        if not self.now.inside and len(self.levels) > 1:
+            raise ChronotopeError(
+                "a layer is run again for its gradient after calls of the model at noise levels whose patterns differ; "
+                "call backward after each."
+            )
+        return self.now.level
 
     def lay(self, layer: str, asked: Asked) -> tuple[Grid, int] | str:
         """The grid of a call, and how many tokens at its end are the grid's prefix; or why it has none."""
@@ -234,7 +263,7 @@ def lie_of(model: nn.Module, grid: Grids | None, args: tuple[Any, ...], kwargs: 
     if grid is None:
         known = read_place(model, args, kwargs)
         if known is not None:
-            return Lie(known.grid, known.text, tuple(known.elsewhere))
+            return Lie(known.grid, known.text, known.elsewhere, known.ahead, known.parts)
         own = read_grid(model, args, kwargs)
         return None if own is None else Lie(own)
     own = grid(*args, **kwargs) if callable(grid) else grid
@@ -244,7 +273,11 @@ def lie_of(model: nn.Module, grid: Grids | None, args: tuple[Any, ...], kwargs: 
         known = read_place(model, args, kwargs)
     except ChronotopeError:  # inputs that its class does not explain: the user does
         known = None
-    return Lie(own) if known is None else Lie(own, known.text, tuple(known.elsewhere))
+    if known is None:
+        return Lie(own)
+    if own.size - own.prefix != known.grid.size:  # other tokens than the class tells of
+        return Lie(own, known.text, known.elsewhere)
+    return Lie(own, known.text, known.elsewhere, known.ahead, known.parts)
 
 
 def lay(layer: str, asked: Asked, lie: Lie | None) -> tuple[Grid, int] | str:
@@ -256,17 +289,22 @@ def lay(layer: str, asked: Asked, lie: Lie | None) -> tuple[Grid, int] | str:
         return asked.grid, asked.tail
     if lie is None:
         return Grid(n=nk), 0
-    if any(layer == part or layer.startswith(f"{part}.") for part in lie.elsewhere):
+    if any(_within(layer, part) for part in lie.elsewhere):
         return f"its {nk} tokens are not those of {lie.grid!r}"
-    grid = lie.grid
+    grid = next((own for part, own in lie.parts.items() if _within(layer, part)), lie.grid)
     if not asked.square and len(grid.axes) == 1:  # decoding: as much of the sequence as there is
         grid = grid.replace(**{grid.axes[0]: max(1, nk - grid.prefix)})
     more = nk - grid.size
-    room = lie.more is not None and grid.prefix == 0 and asked.square
+    room = lie.more is not None and grid.prefix == 0 and asked.square and more >= lie.ahead
     if more < 0 or (more > 0 and not room) or (not asked.square and len(grid.axes) > 1):
         return f"{nk} tokens do not lie on {grid!r}"
     prefix = grid.prefix + more
-    return Grid(prefix, **grid.sizes), prefix if lie.more == "after" else 0
+    return Grid(prefix, **grid.sizes), max(0, prefix - lie.ahead) if lie.more == "after" else 0
+
+
+def _within(layer: str, part: str) -> bool:
+    """Whether a layer is a part of the model, or in it."""
+    return fnmatchcase(layer, part) or fnmatchcase(layer, f"{part}.*")
 
 
 def attention_names(model: nn.Module) -> list[str]:

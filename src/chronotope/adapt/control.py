@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from chronotope.adapt.asked import Asked
 from chronotope.adapt.attach import Grids, Handle, Layers, Lies, attention_names, selection
-from chronotope.adapt.tap import Handler, parameters
+from chronotope.adapt.inputs import noise_level
+from chronotope.adapt.tap import Handler
 from chronotope.errors import ChronotopeError
 from chronotope.grid import Grid
 
 Steps = Collection[int] | Callable[[int], bool]
-TIMES = ("timestep", "timesteps", "t", "time", "sigma")
-"""What diffusion models call the noise level among their inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +201,7 @@ class Clock:
     time: float | None
 
     def tick(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        time = _time(model, args, kwargs)
+        time = noise_level(model, args, kwargs)
         self.calls += 1
         if time is None:
             self.step = self.calls - 1
@@ -218,18 +217,6 @@ class Clock:
             else:
                 self.step, self.falls = self.step + 1, falls
         self.time = time
-
-
-def _time(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    names = parameters(type(model))
-    given = dict(zip(names, args, strict=False)) | kwargs
-    for name in TIMES:
-        value = given.get(name)
-        if isinstance(value, Tensor) and value.numel() and not value.is_complex():
-            return float(value.max())  # tokens that are given, as a first frame, are at level 0
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    return None
 
 
 def _overrides(one: Control, name: str) -> bool:

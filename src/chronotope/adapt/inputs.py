@@ -8,10 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from chronotope.adapt.tap import parameters
 from chronotope.errors import ChronotopeError
 
 Batch = Any
 """Inputs of a model: a dict of keyword arguments, a tuple or list of arguments, or the one argument."""
+
+TIMES = ("timestep", "timesteps", "t", "time", "sigma")
+"""What diffusion models call the noise level among their inputs."""
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -19,6 +23,18 @@ def call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def noise_level(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """What a diffusion model is told of the noise in its input; None: it is told nothing."""
+    given = dict(zip(parameters(type(model)), args, strict=False)) | kwargs
+    for name in TIMES:
+        value = given.get(name)
+        if isinstance(value, Tensor) and value.numel() and not value.is_complex():
+            return float(value.max())  # tokens that are given, as a first frame, are at level 0
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 def output_of(result: Any) -> Tensor:

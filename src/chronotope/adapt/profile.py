@@ -23,7 +23,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from chronotope.adapt.asked import Asked
 from chronotope.adapt.attach import Grids, Layers, Lies, attach, attention_names, selection
-from chronotope.adapt.control import Clock
 from chronotope.adapt.inputs import Batch, call, output_of, relative
 from chronotope.adapt.solve import both, exactly, fronted, joined, logits, rows_of_bias
 from chronotope.adapt.tap import Handler, Tap
@@ -78,13 +77,17 @@ class LayerProfile:
         """Relative error of each head's output."""
         return (self.kept[candidate].error / self.sums["energy"].clamp(min=1e-300)).sqrt()
 
+    def together(self, candidate: Pattern) -> float:
+        """Relative error of the output of all heads."""
+        return math.sqrt(float(self.kept[candidate].error.sum()) / max(float(self.sums["energy"].sum()), 1e-300))
+
     def mass(self, candidate: Pattern) -> Float[Tensor, "h"]:
         """Share of the weights that the candidate keeps."""
         return self.kept[candidate].mass / max(1, self.queries)
 
 
 class Profile:
-    """What `profile` measured: `layers[name][level]`."""
+    """What `profile` measured: `layers[name][level]`; `met`: the level of each input."""
 
     def __init__(
         self, model: nn.Module, batches: list[Batch], grid: Grids | None, layers: Layers | None, queries: int,
@@ -95,15 +98,16 @@ class Profile:
         self.layers: dict[str, dict[int, LayerProfile]] = {}
         self.left: dict[str, str] = {}
         self.candidates: list[Pattern] = []
-        self._influences: dict[tuple[str, Pattern], float] = {}
-        self._plain: list[Tensor] = []
+        self.met: list[int] = []
+        self._influences: dict[tuple[str, int, Pattern], float] = {}
+        self._plain: dict[int, list[Tensor]] = {}
 
     def measure(self, candidates: Iterable[Pattern]) -> None:
         """What these keep, where it is not known yet: one more pass over the inputs."""
         new = [one for one in dict.fromkeys(candidates) if one not in self.candidates]
         if not new and self.layers:
             return
-        known, self.layers = self.layers, {}
+        known, self.layers, self.met = self.layers, {}, []
         watcher = Watcher(self, new)
         tap = Tap.on(self.model)
         tap.add(watcher)
@@ -111,6 +115,7 @@ class Profile:
             with torch.no_grad():
                 for batch in self.batches:
                     call(self.model, batch)
+                    self.met.append(watcher.lies.now.level)
         except BaseException:
             self.layers = known
             raise
@@ -124,30 +129,26 @@ class Profile:
             told = "; ".join(f"{name}: {why}" for name, why in self.left.items())
             raise ChronotopeError(f"profile: no attention on a grid was seen in these inputs. {told}")
 
-    def energy(self, name: str, candidate: Pattern) -> tuple[Float[Tensor, "h"], float]:
-        """Error energies of the heads and the energy of the layer, over all noise levels."""
-        own = list(self.layers[name].values())
-        lost = torch.stack([one.kept[candidate].error for one in own]).sum(0)
-        return lost, float(torch.stack([one.sums["energy"] for one in own]).sum())
+    def share(self, level: int) -> float:
+        """Of the inputs."""
+        return self.met.count(level) / len(self.met)
 
-    def error(self, name: str, candidate: Pattern) -> float:
-        """Relative error of the output of a layer, over all noise levels."""
-        lost, energy = self.energy(name, candidate)
-        return math.sqrt(float(lost.sum()) / max(energy, 1e-300))
-
-    def influence(self, name: str, candidate: Pattern) -> float:
-        """Relative error of the output of the model with this candidate in this layer alone, on its first inputs.
+    def influence(self, name: str, candidate: Pattern, level: int = 0) -> float:
+        """Relative error of the output of the model with this candidate in this layer alone, on its first inputs at
+        this noise level.
 
         One call of the model for each of them, where it is not known yet.
         """
-        if (name, candidate) not in self._influences:
-            some = self.batches[:INFLUENCED]
+        key = name, level, candidate
+        if key not in self._influences:
+            some = [batch for batch, met in zip(self.batches, self.met, strict=True) if met == level][:INFLUENCED]
             with torch.no_grad():
-                self._plain = self._plain or [output_of(call(self.model, batch)) for batch in some]
+                if level not in self._plain:
+                    self._plain[level] = [output_of(call(self.model, batch)) for batch in some]
                 with attach(self.model, {name: candidate}, grid=self.grid):
                     changed = [output_of(call(self.model, batch)) for batch in some]
-            self._influences[name, candidate] = relative(self._plain, changed)
-        return self._influences[name, candidate]
+            self._influences[key] = relative(self._plain[level], changed)
+        return self._influences[key]
 
     def __repr__(self) -> str:
         lines = [f"{len(self.layers)} layers, {len(self.batches)} inputs, {self.queries} queries of each"]
@@ -181,7 +182,8 @@ def profile(
         candidates: patterns and routes, joined with the model's own mask.
         grid, layers: as for `attach`.
         queries: how many of each call are looked at; time and memory grow with queries x keys.
-        levels: borders between noise levels, which are profiled apart; default: all are one.
+        levels: borders between noise levels, which are profiled apart, and get patterns of their own; default: all are
+            one.
 
     Raises ChronotopeError where no attention on a grid is seen, or a layer of dropout is in training.
     """
@@ -206,11 +208,9 @@ class Watcher(Handler):
         self.out, self.candidates = out, candidates
         self.chosen = selection(out.chosen, attention_names(out.model))
         self.rng = torch.Generator().manual_seed(out.seed)
-        self.clock = Clock()
-        self.lies = Lies(out.grid)
+        self.lies = Lies(out.grid, out.levels)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.clock.tick(model, args, kwargs)
         self.lies.begin(model, args, kwargs)
 
     def wants(self, layer: str) -> bool:
@@ -226,10 +226,9 @@ class Watcher(Handler):
         if tail:
             asked = fronted(asked)
         at = torch.randperm(grid.size, generator=self.rng)[: self.out.queries].sort().values
-        level = sum(self.clock.time >= border for border in self.out.levels) if self.clock.time is not None else 0
         rule, bias = joined(asked)
         own = self.out.layers.setdefault(layer, {})
-        found = own.setdefault(level, LayerProfile(grid, asked.q.shape[1], rule))
+        found = own.setdefault(self.lies.level, LayerProfile(grid, asked.q.shape[1], rule))
         if found.grid != grid:
             raise ChronotopeError(f"{layer}: inputs on {found.grid!r} and on {grid!r}; profile one size at a time.")
         _measure(found, asked, rule, bias, at, self.candidates)

@@ -3,13 +3,14 @@ r"""The cheapest candidate for each head under an error budget.
 Heads and layers are taken to err independently, so the relative error of the output of the model is
 
 $$
-e^2 = \sum_l \sum_h I_{l c(l,h)}^2 \; \frac{E_{l h c(l,h)}}{\sum_h E_{l h c(l,h)}}
+e^2 = \sum_v s_v \sum_l \sum_h I_{v l c(v,l,h)}^2 \; \frac{E_{v l h c(v,l,h)}}{\sum_h E_{v l h c(v,l,h)}}
 $$
 
-with the influences I and the error energies E of the profile. One candidate c for each head, least mean cost, e <=
-budget: a multiple-choice knapsack. Its relaxation, in which a head may have two candidates in part, is solved exactly
-by taking steps along the convex hull of each head's (cost, error) in order of cost saved for error added; that cost is
-the `bound`. What is left of the budget is spent on steps that still fit, so the choice is dearer than the bound by less
+with the influences I and the error energies E of the profile, whose noise levels v (one, where none are kept apart)
+have the shares s_v of the inputs. One candidate c for each head and level, least mean cost, e <= budget: a
+multiple-choice knapsack. Its relaxation, in which a head may have two candidates in part, is solved exactly by taking
+steps along the convex hull of each head's (cost, error) in order of cost saved for error added; that cost is the
+`bound`. What is left of the budget is spent on steps that still fit, so the choice is dearer than the bound by less
 than one step of one head.
 
 Cost: pairs in tiles, as a share of those that the model computes as it is.
@@ -20,18 +21,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chronotope.adapt.assignment import Assignment, apply
 from chronotope.adapt.inputs import call, output_of, relative
-from chronotope.adapt.profile import Profile
+from chronotope.adapt.outcome import interval
+from chronotope.adapt.profile import LayerProfile, Profile
 from chronotope.adapt.solve import both
 from chronotope.errors import ChronotopeError
 from chronotope.patterns import Pattern, full
 from chronotope.planning import plan
 
+Key = tuple[str, int, int]
+"""A head of a layer at a noise level: the layer, the level, the head."""
 HALF = 0.5
 """A candidate is not tried where another of no higher cost errs at most so much of its error."""
 TRIES, SHRINKS = 6, 0.95
@@ -40,7 +46,7 @@ TRIES, SHRINKS = 6, 0.95
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate of a head: cost as a share of dense, and what it adds to the squared error."""
+    """A candidate of a head: its part in the mean cost and in the squared error."""
 
     pattern: Pattern
     cost: float
@@ -55,7 +61,7 @@ def search(
     max_density: float | int | None = None,
     verify: bool = True,
 ) -> Assignment:
-    """One candidate, or dense, for each head of each layer.
+    """One candidate, or dense, for each head of each layer, at each noise level that the profile keeps apart.
 
     Args:
         profile: of the model; candidates that it has not met are measured now, on its inputs.
@@ -63,7 +69,8 @@ def search(
         max_error: the least cost whose expected relative error of the output is not above this; or
         max_density: the least error whose mean cost is not above this. One of the two.
         verify: whether the model is run with the choice, on the inputs of the profile, and the choice made again with a
-            smaller budget where its error there is above `max_error`.
+            smaller budget where its error there, the upper end of its 95% interval if there are several inputs, is
+            above `max_error`.
 
     Raises ChronotopeError without candidates, or where both or neither limit is given.
     """
@@ -83,54 +90,59 @@ def search(
     if max_density is not None:
         return _under_density(profile, heads, float(limit))
     limit = target = float(limit)
+    plain = outputs(profile) if verify else []
     for _ in range(TRIES):
-        found = _assignment(profile, heads, *_cheapest(heads, target**2))
+        found = _assignment(profile, *_cheapest(heads, target**2))
         if not verify:
             return found
-        error = measured_error(profile, found)
-        found = replace(found, measured=found.measured | {"error on its inputs": error})
-        if error <= limit:
+        errors = measured_errors(profile, found, plain)
+        error = fmean(errors)
+        most = error + (interval(errors) if len(errors) > 1 else 0.0)
+        found = replace(found, measured=found.measured | {"error on its inputs": error, "at most": most})
+        if most <= limit:
             return found
-        target *= SHRINKS * limit / error
-    return _dense(profile, heads, _cheapest(heads, limit**2)[1])
+        target *= SHRINKS * limit / most
+    return _assignment(profile, {key: own[0] for key, own in heads.items()}, _cheapest(heads, limit**2)[1])
 
 
-def measured_error(profile: Profile, found: Assignment) -> float:
-    """Relative error of the output of the model on the inputs of the profile."""
+def outputs(profile: Profile) -> list[Tensor]:
+    """Of the model, for the inputs of the profile."""
     with torch.no_grad():
-        plain = [output_of(call(profile.model, batch)) for batch in profile.batches]
-        with apply(profile.model, found, profile.grid):
-            return relative(plain, [output_of(call(profile.model, batch)) for batch in profile.batches])
+        return [output_of(call(profile.model, batch)) for batch in profile.batches]
 
 
-def _dense(profile: Profile, heads: Heads, bound: float) -> Assignment:
-    """What never errs."""
-    return _assignment(profile, heads, {key: own[0] for key, own in heads.items()}, bound)
+def measured_errors(profile: Profile, found: Assignment, plain: list[Tensor]) -> list[float]:
+    """Relative error of the output of the model, for each input of the profile."""
+    with apply(profile.model, found, profile.grid):
+        return [relative([old], [new]) for old, new in zip(plain, outputs(profile), strict=True)]
 
 
-Heads = dict[tuple[str, int], list[Option]]
+Heads = dict[Key, list[Option]]
 
 
 def options(profile: Profile, candidates: list[Pattern]) -> Heads:
     """What each head may have: dense first."""
     out: Heads = {}
     for name, levels in profile.layers.items():
-        one = next(iter(levels.values()))
-        costs = {pattern: cost(profile, name, pattern) for pattern in candidates}
-        risks = {}
-        for pattern in _promising(profile, name, costs):
-            lost = profile.energy(name, pattern)[0]
-            risks[pattern] = profile.influence(name, pattern) ** 2 * lost / lost.sum().clamp(min=1e-300)
-        for head in range(one.heads):
-            own = [Option(full(), 1.0, 0.0)]
-            own += [Option(pattern, costs[pattern][head], float(risk[head])) for pattern, risk in risks.items()]
-            out[name, head] = own
+        for level, one in levels.items():
+            share = profile.share(level)
+            costs = {pattern: cost(one, pattern) for pattern in candidates}
+            risks = {}
+            for pattern in _promising(one, costs):
+                lost = one.kept[pattern].error
+                risk = share * profile.influence(name, pattern, level) ** 2
+                risks[pattern] = risk * lost / lost.sum().clamp(min=1e-300)
+            part = share * len(levels)  # so that the mean over heads and levels is that over heads and inputs
+            for head in range(one.heads):
+                own = [Option(full(), part, 0.0)]
+                own += [Option(one, part * costs[one][head], float(risk[head])) for one, risk in risks.items()]
+                out[name, level, head] = own
     return out
 
 
-def _promising(profile: Profile, name: str, costs: dict[Pattern, list[float]]) -> list[Pattern]:
+def _promising(layer: LayerProfile, costs: dict[Pattern, list[float]]) -> list[Pattern]:
     """Candidates of a layer without those that another does not exceed in cost while it errs at most half as much."""
-    facts = {one: (sum(own), profile.error(name, one)) for one, own in costs.items()}
+    facts = {one: (sum(own), layer.together(one)) for one, own in costs.items()}
     return [
         one
         for one, (price, error) in facts.items()
@@ -140,15 +152,14 @@ def _promising(profile: Profile, name: str, costs: dict[Pattern, list[float]]) -
     ]
 
 
-def cost(profile: Profile, name: str, pattern: Pattern) -> list[float]:
+def cost(layer: LayerProfile, pattern: Pattern) -> list[float]:
     """Of each head: pairs in tiles as a share of those of the model as it is."""
-    levels = profile.layers[name].values()
-    one = next(iter(levels))
-    dense = plan(one.rule, one.grid, heads=one.heads).tile_density
+    rule, grid = layer.rule, layer.grid
+    dense = plan(rule, grid, heads=layer.heads).tile_density
     if pattern.routes:
-        kept = [own.kept[pattern] for own in levels]
-        return [sum(k.pairs for k in kept) / max(1, sum(k.calls for k in kept)) / dense] * one.heads
-    return [plan(both(one.rule, pattern.head(head)), one.grid).tile_density / dense for head in range(one.heads)]
+        kept = layer.kept[pattern]
+        return [kept.pairs / max(1, kept.calls) / dense] * layer.heads
+    return [plan(both(rule, pattern.head(head)), grid).tile_density / dense for head in range(layer.heads)]
 
 
 def _hull(own: list[Option]) -> list[Option]:
@@ -171,7 +182,7 @@ def _slope(a: Option, b: Option) -> float:
     return (a.cost - b.cost) / max(b.risk - a.risk, 1e-300)
 
 
-def _cheapest(heads: Heads, budget: float) -> tuple[dict[tuple[str, int], Option], float]:
+def _cheapest(heads: Heads, budget: float) -> tuple[dict[Key, Option], float]:
     """The choice, and the mean cost below which none can be."""
     hulls = {key: _hull(own) for key, own in heads.items()}
     at = dict.fromkeys(heads, 0)
@@ -211,28 +222,32 @@ def _under_density(profile: Profile, heads: Heads, most: float) -> Assignment:
             high, (found, bound) = middle, tried
         else:
             low = middle
-    return _assignment(profile, heads, found, bound)
+    return _assignment(profile, found, bound)
 
 
 def density(profile: Profile, layers: Mapping[str, Sequence[Pattern]]) -> float:
-    """Mean cost over the heads of these layers, a pattern for each head."""
+    """Mean cost over the heads of these layers, a pattern for each head, at all noise levels."""
     found: list[float] = []
     for name, own in layers.items():
-        costs = {one: cost(profile, name, one) for one in dict.fromkeys(own)}
+        levels = [(profile.share(level), one) for level, one in profile.layers[name].items()]
+        costs = {
+            one: [sum(share * cost(layer, one)[head] for share, layer in levels) for head in range(len(own))]
+            for one in dict.fromkeys(own)
+        }
         found += [costs[one][head] for head, one in enumerate(own)]
     return sum(found) / len(found)
 
 
-def mean_cost(found: dict[tuple[str, int], Option]) -> float:
+def mean_cost(found: dict[Key, Option]) -> float:
     """Of a choice."""
     return sum(option.cost for option in found.values()) / len(found)
 
 
-def _assignment(profile: Profile, heads: Heads, found: dict[tuple[str, int], Option], bound: float) -> Assignment:
-    layers = {
-        name: tuple(found[name, head].pattern for head in range(next(iter(levels.values())).heads))
-        for name, levels in profile.layers.items()
-    }
+def _assignment(profile: Profile, found: dict[Key, Option], bound: float) -> Assignment:
+    first, *others = [
+        {name: _patterns(found, name, level) for name, levels in profile.layers.items() if level in levels}
+        for level in range(len(profile.levels) + 1)
+    ]
     measured: dict[str, Any] = {
         "model": type(profile.model).__name__,
         "grids": {name: repr(next(iter(levels.values())).grid) for name, levels in profile.layers.items()},
@@ -242,4 +257,10 @@ def _assignment(profile: Profile, heads: Heads, found: dict[tuple[str, int], Opt
         "torch": torch.__version__,
     }
     error = sum(option.risk for option in found.values()) ** 0.5
-    return Assignment(layers, error, mean_cost(found), min(bound, mean_cost(found)), measured)
+    above = dict(zip(profile.levels, others, strict=True))
+    return Assignment(first, error, mean_cost(found), min(bound, mean_cost(found)), measured, above)
+
+
+def _patterns(found: dict[Key, Option], name: str, level: int) -> tuple[Pattern, ...]:
+    heads = [head for layer, at, head in found if (layer, at) == (name, level)]
+    return tuple(found[name, level, head].pattern for head in heads)

@@ -71,8 +71,8 @@ def _figures(found: Adapted) -> Iterator[Any]:
     layers = list(found.assignment.layers)
     shares, texts = [], []
     for name in layers:
-        patterns = found.assignment.layers[name]
-        shares.append([cost(found.profile, name, one)[head] for head, one in enumerate(patterns)])
+        patterns, seen = found.assignment.layers[name], next(iter(found.profile.layers[name].values()))
+        shares.append([cost(seen, one)[head] for head, one in enumerate(patterns)])
         texts.append([repr(one) for one in patterns])
     figure = go.Figure(
         go.Heatmap(

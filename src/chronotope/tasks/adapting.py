@@ -123,7 +123,8 @@ def alike(seen: Profile, where: Pattern) -> dict[str, tuple[Pattern, ...]]:
 
 def expected(seen: Profile, where: Pattern) -> float:
     """Squared relative error of the output where every head has this pattern."""
-    return sum(seen.influence(name, where) ** 2 for name in seen.layers)
+    sites = [(name, level) for name, levels in seen.layers.items() for level in levels]
+    return sum(seen.share(level) * seen.influence(name, where, level) ** 2 for name, level in sites)
 
 
 def subject_of(model: str, inputs: str | None, settings: dict[str, Any]) -> Subject:
