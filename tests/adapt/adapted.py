@@ -45,8 +45,8 @@ def case(library: str, name: str) -> Case:
     model, inputs, grid = subject.model, subject.inputs, subject.grid
     where = ct.window(n=5) if grid is None else ct.window(**dict.fromkeys(grid.axes, 3))
     if library == "diffusers":
-        reference = {"grid": grid, "text": subject.text, "after": subject.after}
-        noise = inputs.get("hidden_states")
+        reference = {name: getattr(subject, name) for name in ("grid", "text", "after", "ahead", "parts")}
+        noise = subject.noise
         loop = None if subject.sample is None else lambda own: subject.sample(own, noise)
         return Case(name, model, inputs, where, reference, loop)
     # What hidden tokens of text get is not defined; they are seen by nobody.

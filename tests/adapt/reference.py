@@ -19,23 +19,31 @@ DENSE = F.scaled_dot_product_attention
 
 @contextmanager
 def masked(
-    model: nn.Module, where: ct.Pattern, grid: ct.Grid | None, text: int = 0, after: bool = False
+    model: nn.Module,
+    where: ct.Pattern,
+    grid: ct.Grid | None,
+    text: int = 0,
+    after: bool = False,
+    ahead: int = 0,
+    parts: tuple[ct.Grid, ...] = (),
 ) -> Iterator[None]:
     """Adds the mask of a pattern to every square attention call of a model whose tokens are these.
 
     `grid`: where they are; None: any sequence, on `Grid(n=...)`. Of those, `text` more lie before or after them, where
-    the model has them take part at all.
+    the model has them take part at all; `ahead` of them lie before them always. Layers may have grids of their own,
+    `parts`, which their numbers of tokens tell apart.
     """
 
     def hidden(n: int) -> Tensor | None:
         """What the pattern hides, as is added to the scores; None: not these tokens."""
-        whole = ct.Grid(n=n) if grid is None else grid
+        whole = ct.Grid(n=n) if grid is None else next((part for part in parts if part.size == n), grid)
         more = n - whole.size
         if more not in (0, text):
             return None
         coords = ct.plan(where, ct.Grid(whole.prefix + more, **whole.sizes)).mask()
         if after:
-            coords = coords.roll((-more, -more), (0, 1))
+            behind = max(0, more - ahead)
+            coords = coords.roll((-behind, -behind), (0, 1))
         return torch.zeros(n, n).masked_fill(~coords, torch.finfo(torch.float32).min)
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,13 +22,18 @@ pytest.importorskip("diffusers")
 
 import diffusers
 from zoo_diffusers import MODELS, WARNINGS, Subject
+from zoo_diffusers_parts import whole
 
 import chronotope as ct
 from chronotope.adapt.places import TABLE, Place, read_place
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 every_subject = pytest.mark.parametrize("name", MODELS)
-TEXTLESS = ("DiTTransformer2DModel",)
+TEXTLESS = ("DiTTransformer2DModel", "OmniGenTransformer2DModel")
+APART = ("LatteTransformer3DModel",)  # no layer sees the grid as a whole
+AHEAD = ("Ideogram4Transformer2DModel",)  # all of its text
+ONCE = ("Kandinsky5Transformer3DModel",)
+every_whole = pytest.mark.parametrize("name", [name for name in MODELS if name not in APART])
 made = cache(lambda name: MODELS[name]())
 
 
@@ -84,7 +90,9 @@ def changed_rows(call: Call, other: Call) -> tuple[list[int], list[int]]:
 
 def first_row(subject: Subject, call: Call) -> int:
     """The row of the grid's first token, as the zoo has it."""
-    return 0 if subject.after or call.q.shape[2] == subject.grid.size else subject.text
+    if call.q.shape[2] == subject.grid.size:
+        return 0
+    return subject.ahead if subject.after else subject.text
 
 
 def spots(grid: ct.Grid) -> list[dict[str, int]]:
@@ -105,20 +113,23 @@ def disturbed(subject: Subject, spot: dict[str, int]) -> dict[str, Any]:
 
 
 def text_input(subject: Subject) -> str:
-    return next(name for name in ("encoder_hidden_states", "encoder_hidden_states_t5") if name in subject.inputs)
+    names = ("encoder_hidden_states", "encoder_hidden_states_t5", "text_bth", "cap_feats")
+    return next(name for name in names if name in subject.inputs)
 
 
 def other_text(subject: Subject, token: int) -> dict[str, Any]:
     """The inputs with other numbers in one token of the text."""
     name = text_input(subject)
-    text = subject.inputs[name].clone()
-    text[:, token] += torch.linspace(-1, 2, text.shape[2])
-    return subject.inputs | {name: text}
+    given = subject.inputs[name]
+    texts = [text.clone() for text in given]
+    for text in texts:
+        text[token] += torch.linspace(-1, 2, text.shape[-1])
+    return subject.inputs | {name: texts if isinstance(given, list) else torch.stack(texts)}
 
 
 def output(subject: Subject, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        return subject.model(**inputs).sample
+        return whole(subject.model(**inputs).sample)
 
 
 @every_subject
@@ -129,9 +140,11 @@ def test_grid_and_text_are_read_from_the_call(name):
     assert place.grid == subject.grid
     if subject.text:
         assert place.text == ("after" if subject.after else "before")
+        assert place.ahead == (subject.ahead if subject.after else 0)
+    assert tuple(place.parts.values()) == subject.parts
     # Arguments by position mean the same.
-    rest = {key: value for key, value in subject.inputs.items() if key != "hidden_states"}
-    assert read_place(subject.model, (subject.inputs["hidden_states"],), rest) == place
+    rest = {key: value for key, value in subject.inputs.items() if key != subject.into}
+    assert read_place(subject.model, (subject.inputs[subject.into],), rest) == place
 
 
 def test_every_class_is_proved_by_a_subject():
@@ -139,20 +152,20 @@ def test_every_class_is_proved_by_a_subject():
     assert all(type(made(name).model).__name__ == name.partition(" ")[0] for name in MODELS)
 
 
-@every_subject
+@every_whole
 def test_attention_over_the_grid_has_its_tokens_and_those_of_the_text(name):
     subject = made(name)
     place = read_place(subject.model, (), subject.inputs)
     found = calls(subject)
-    whole = subject.grid.size + subject.text
-    assert {call.q.shape[2] for call in on_grid(subject, found)} <= {subject.grid.size, whole}
-    assert sum(call.q.shape[2] == call.k.shape[2] == whole for call in found) >= 2
+    count = subject.grid.size + subject.text
+    assert {call.q.shape[2] for call in on_grid(subject, found)} <= {subject.grid.size, count}
+    assert sum(call.q.shape[2] == call.k.shape[2] == count for call in found) >= (1 if name in ONCE else 2)
     for call in found:
-        if any(f"{module}.".startswith(f"{name}.") for module in call.path for name in place.elsewhere):
+        if any(fnmatchcase(f"{module}.", f"{name}.*") for module in call.path for name in place.elsewhere):
             assert max(call.q.shape[2], call.k.shape[2]) < subject.grid.size
         else:
-            # The rest: the grid's tokens look at each other, or at the text.
-            assert call.q.shape[2] in (subject.grid.size, whole)
+            # The rest: the grid's tokens look at each other, or at the text; or sound looks at others.
+            assert call.q.shape[2] in (subject.grid.size, count) or call.q.shape[2] != call.k.shape[2]
 
 
 @every_subject
@@ -161,10 +174,11 @@ def test_elsewhere_names_submodules(name):
     place = read_place(subject.model, (), subject.inputs)
     known = {module for module, _ in subject.model.named_modules()}
     # ConsisID has an extractor of faces only where it takes one.
-    assert set(place.elsewhere) <= known
+    for part in (*place.elsewhere, *place.parts):
+        assert any(fnmatchcase(name, part) for name in known), part
 
 
-@every_subject
+@every_whole
 def test_one_patch_is_one_row_in_row_major_order(name):
     subject = made(name)
     before = on_grid(subject, calls(subject))
@@ -180,7 +194,7 @@ def test_one_patch_is_one_row_in_row_major_order(name):
         assert set(rows) <= set(range(start, start + subject.grid.size))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in TEXTLESS])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in TEXTLESS + APART])
 def test_text_lies_outside_the_grid(name):
     """Where it comes in by cross-attention, it moves no row of the first attention over the grid."""
     subject = made(name)
@@ -198,12 +212,12 @@ def test_text_lies_outside_the_grid(name):
     after = calls(subject, other_text(subject, 0))
     for hook in hooks:
         hook.remove()
-    whole = subject.grid.size + subject.text
+    count = subject.grid.size + subject.text
     pairs = zip(before, after, strict=True)
-    one, two = next(pair for pair in pairs if pair[0].q.shape[2] == pair[0].k.shape[2] == whole)
+    one, two = next(pair for pair in pairs if pair[0].q.shape[2] == pair[0].k.shape[2] == count)
     start = first_row(subject, one)
     for rows in changed_rows(one, two):
-        assert bool(rows) == bool(subject.text)
+        assert bool(rows) == (subject.text > subject.ahead or name in AHEAD)
         assert not set(rows) & set(range(start, start + subject.grid.size))
 
 
@@ -234,7 +248,7 @@ def test_cogview4_hides_no_text():
 def test_sampling(name):
     subject = made(name)
     assert subject.sample is not None
-    noise = subject.inputs["hidden_states"]
+    noise = subject.noise
     out = subject.sample(subject.model, noise)
     assert out.shape == noise.shape
     assert out.isfinite().all()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import diffusers
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from zoo_diffusers_parts import BOTH, IMAGE, LAYERS, B, C, D, Subject, mask, numbers, subject, words
 
 import chronotope as ct
@@ -191,3 +195,189 @@ def auraflow() -> Subject:
     config |= {"caption_projection_dim": 24, "pos_embed_max_size": 64}
     inputs = {"encoder_hidden_states": words(6)}
     return subject("AuraFlowTransformer2DModel", config, IMAGE, (2, 2), inputs, 14, scale=1e-3)
+
+
+# The newer ones.
+
+
+def like_flux(name: str, config: dict[str, Any], **more: Any) -> Subject:
+    """Tokens with coordinates after those of the text."""
+    inputs = {"encoder_hidden_states": words(6), "img_ids": flux_ids(IMAGE), "txt_ids": torch.zeros(6, 3)}
+    return subject(name, config, IMAGE, (2, 2), inputs | more, 6, pack=flux_pack, scale=1e-3)
+
+
+PACKED_ALIKE = {key: value for key, value in (BOTH | PACKED | ROPE).items() if key != "out_channels"}
+
+
+def ovis() -> Subject:
+    return like_flux("OvisImageTransformer2DModel", BOTH | PACKED | ROPE)
+
+
+def longcat() -> Subject:
+    return like_flux("LongCatImageTransformer2DModel", PACKED_ALIKE)
+
+
+def bria() -> Subject:
+    return like_flux("BriaTransformer2DModel", PACKED_ALIKE)
+
+
+def bria_fibo() -> Subject:
+    """Texts of its own for each layer."""
+    config = PACKED_ALIKE | {"text_encoder_dim": 8}
+    return like_flux("BriaFiboTransformer2DModel", config, text_encoder_layers=[words(6, 8), words(6, 8)])
+
+
+def krea2() -> Subject:
+    """Text from three layers of an encoder; two heads of queries share one of keys."""
+    config = {"in_channels": 4 * C, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 1, "intermediate_size": 32, "timestep_embed_dim": 16, "text_hidden_dim": D}
+    config |= {"num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+    config |= {"text_intermediate_size": 16, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
+    places = torch.cat([torch.zeros(6, 3), flux_ids(IMAGE)])
+    inputs = {
+        "encoder_hidden_states": numbers(B, 6, 3, D),
+        "encoder_attention_mask": mask(6, 4, 5, dtype=torch.bool),
+        "position_ids": places,
+    }
+    config |= {"axes_dims_rope": (4, 4, 4)}
+    return subject("Krea2Transformer2DModel", config, IMAGE, (2, 2), inputs, 6, pack=flux_pack, scale=1e-3, hidden=5)
+
+
+def flux3() -> Subject:
+    """Text before the image, a smaller one to look at behind it."""
+    config = {key: value for key, value in (BOTH | PACKED).items() if key != "out_channels"}
+    config |= {"cond_in_channels": 4 * C, "timestep_channels": 16, "axes_dims_rope": (4, 4, 2, 2)}
+    config |= {"num_single_layers": 2}
+    places = torch.cartesian_prod(torch.ones(1), *(torch.arange(float(size)) for size in (3, 4, 1)))
+    inputs = {
+        "encoder_hidden_states": words(6),
+        "txt_ids": torch.zeros(6, 4),
+        "img_ids": diffusers.Flux2Pipeline._prepare_latent_ids(torch.zeros(B, 4 * C, *IMAGE.shape))[0].float(),
+        "image_cond_hidden_states": words(12, 4 * C),
+        "image_cond_ids": places,
+    }
+    return subject("Flux3Transformer2DModel", config, IMAGE, (2, 2), inputs, 18, True, flux_pack, scale=1e-3, ahead=6)
+
+
+def ideogram() -> Subject:
+    """One sequence of padding, text and image; padding sees itself alone."""
+    config = {"in_channels": 4 * C, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "adaln_dim": 8, "llm_features_dim": D, "mrope_section": (2, 2, 2)}
+    image = torch.cartesian_prod(torch.zeros(1), *(100 + torch.arange(float(size)) for size in IMAGE.shape))
+    real = mask(6, 4, 6).flip(1)
+    inputs = {
+        "encoder_hidden_states": F.pad(words(6), (0, 0, 0, IMAGE.size)),
+        "position_ids": torch.cat([torch.arange(6.0)[:, None].expand(-1, 3), image]).expand(B, -1, -1),
+        "segment_ids": torch.cat([real * 2 - 1, torch.ones(B, IMAGE.size)], dim=1),
+        "indicator": torch.cat([real * 4 - 1, torch.full((B, IMAGE.size), 2)], dim=1),
+    }
+
+    def pack(latents: Tensor) -> Tensor:
+        return F.pad(flux_pack(latents), (0, 0, 6, 0))
+
+    return subject("Ideogram4Transformer2DModel", config, IMAGE, (2, 2), inputs, 6, True, pack, scale=1e-3, ahead=6)
+
+
+def lumina_next() -> Subject:
+    config = {"sample_size": 16, "in_channels": C, "hidden_size": 24, "num_layers": 2, "num_attention_heads": 2}
+    config |= {"num_kv_heads": 1, "multiple_of": 8, "learn_sigma": False, "cross_attention_dim": D}
+    rotary = diffusers.models.embeddings.get_2d_rotary_pos_embed_lumina(12, 16, 16)
+    inputs = {
+        "encoder_hidden_states": words(6),
+        "encoder_mask": mask(6, 4, 5),
+        "image_rotary_emb": rotary,
+        "cross_attention_kwargs": {},
+    }
+    pooled = "time_caption_embed"
+    return subject("LuminaNextDiT2DModel", config, IMAGE, (2, 2), inputs, scale=1e-3, hidden=5, pooled=pooled)
+
+
+def ernie() -> Subject:
+    config = {"hidden_size": 24, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "in_channels": C}
+    config |= {"out_channels": C, "patch_size": 2, "text_in_dim": D, "rope_axes_dim": (4, 4, 4)}
+    inputs = {"text_bth": words(6), "text_lens": torch.tensor([4, 5])}
+    return subject("ErnieImageTransformer2DModel", config, IMAGE, (2, 2), inputs, 6, after=True, hidden=5)
+
+
+def glm() -> Subject:
+    """Codes of an image that another model drew."""
+    config = LAYERS | {"text_embed_dim": D, "time_embed_dim": 8, "condition_dim": 4}
+    config |= {"prior_vq_quantizer_codebook_size": 10}
+    inputs = {
+        "encoder_hidden_states": words(6),
+        "prior_token_id": torch.randint(10, (B, IMAGE.size)),
+        "prior_token_drop": torch.tensor([False, True]),
+        "target_size": SIZES["target_size"],
+        "crop_coords": SIZES["crop_coords"],
+    }
+    return subject("GlmImageTransformer2DModel", config, IMAGE, (2, 2), inputs, 6)
+
+
+JOY = {"in_channels": C, "hidden_size": 24, "num_attention_heads": 2, "text_dim": D, "num_layers": 2}
+JOY |= {"rope_dim_list": (4, 4, 4)}
+
+
+def joy(pack: Callable[[Tensor], Tensor] = lambda latents: latents) -> Subject:
+    inputs = {"encoder_hidden_states": words(6)}
+    return subject("JoyImageEditTransformer3DModel", JOY, PAIR, (1, 2, 2), inputs, 6, after=True, pack=pack)
+
+
+def joy_pair() -> Subject:
+    """Two images, of which the model takes the second first."""
+
+    def pack(latents: Tensor) -> Tensor:
+        return latents.flip(2).transpose(1, 2)[:, :, :, None]
+
+    return joy(pack)
+
+
+def joy_plus() -> Subject:
+    """Two images, and as many patches of padding as a larger one in the batch would leave; they are hidden."""
+
+    def pack(latents: Tensor) -> Tensor:
+        boxes = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
+        return F.pad(boxes.permute(0, 2, 3, 5, 1, 4, 6).flatten(1, 3)[:, :, :, None], (0, 0) * 4 + (0, 4))
+
+    inputs = {
+        "encoder_hidden_states": words(6),
+        "encoder_hidden_states_mask": mask(6, 4, 5),
+        "shape_list": [[(1, 5, 3), (1, 5, 3)]] * B,
+    }
+    name = "JoyImageEditPlusTransformer3DModel"
+    return subject(name, JOY, PAIR, (1, 2, 2), inputs, 4 + 6, after=True, pack=pack, hidden=5)
+
+
+def omnigen() -> Subject:
+    """Words and a token of time before the image, which sees all of them; they see what came before them."""
+    config = {"in_channels": C, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "num_layers": 2}
+    config |= {"intermediate_size": 32, "pad_token_id": 0, "vocab_size": 20, "time_step_dim": 16}
+    config |= {"rope_scaling": {"short_factor": [1.0] * 6, "long_factor": [1.0] * 6}, "pos_embed_max_size": 16}
+    whole = 7 + IMAGE.size
+    seen = torch.ones(B, whole, whole).tril()
+    seen[:, 7:] = 1
+    inputs = {
+        "input_ids": torch.randint(1, 20, (B, 6)),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": seen,
+        "position_ids": torch.arange(whole).expand(B, -1),
+    }
+    return subject("OmniGenTransformer2DModel", config, IMAGE, (2, 2), inputs, 7, scale=1e-3)
+
+
+SQUARE = ct.Grid(h=8, w=8)
+
+
+def zimage(grid: ct.Grid = SQUARE, **more: Any) -> Subject:
+    """Lists of images and texts; both are padded to 32 tokens or twice as many."""
+    config = {"in_channels": C, "dim": 24, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    config |= {"cap_feat_dim": D, "siglip_feat_dim": 8, "axes_dims": [4, 4, 4], "axes_lens": [64, 64, 64]}
+    inputs = {"cap_feats": [numbers(6, D), numbers(5, D)]}
+
+    def pack(latents: Tensor) -> list[Tensor]:
+        return list(latents[:, :, None])
+
+    text = -grid.size % 32 + 32
+    return subject(
+        "ZImageTransformer2DModel", config | more, grid, (2, 2), inputs, text, True, pack, "t", 1e-3, into="x"
+    )

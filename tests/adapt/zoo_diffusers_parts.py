@@ -29,8 +29,9 @@ class Subject:
     """A model, and one call of it.
 
     In its joint attention `text` tokens without a place lie before those of `grid` (`after`: behind them); 0 where
-    text comes in by cross-attention. `sample(model, noise)` is a short sampling loop; noise is shaped as
-    `inputs["hidden_states"]`, as is what it returns.
+    text comes in by cross-attention. The first `ahead` of them (frames of the past, or text) lie before the grid
+    always. `parts` are the grids of layers that see some axes alone. `sample(model, noise)` is a short sampling loop;
+    `noise` is shaped as what it returns.
     """
 
     model: nn.Module
@@ -40,13 +41,25 @@ class Subject:
     after: bool
     sample: Callable[[nn.Module, Tensor], Tensor] | None
     latents: Tensor  # [B, C, (T,) H, W]
-    pack: Callable[[Tensor], Tensor]  # latents -> hidden_states
+    pack: Callable[[Tensor], Any]  # latents -> hidden_states
     hidden: int | None  # a token of encoder_hidden_states that its mask hides
     pooled: str | None  # the submodule through which text reaches all tokens outside attention
+    ahead: int = 0
+    parts: tuple[ct.Grid, ...] = ()
+    into: str = "hidden_states"  # the input that the packed latents are
+
+    @property
+    def noise(self) -> Tensor:
+        return whole(self.inputs[self.into])
 
     def with_latents(self, latents: Tensor) -> dict[str, Any]:
         """The inputs with other latents [B, C, (T,) H, W]."""
-        return self.inputs | {"hidden_states": self.pack(latents)}
+        return self.inputs | {self.into: self.pack(latents)}
+
+
+def whole(samples: Tensor | list[Tensor]) -> Tensor:
+    """What some models give sample by sample."""
+    return samples if isinstance(samples, Tensor) else torch.stack(samples)
 
 
 def numbers(*shape: int) -> Tensor:
@@ -72,14 +85,17 @@ def awaken(model: nn.Module) -> None:
             parameter *= 2
 
 
-def sampler(inputs: dict[str, Any], time: str, scale: float) -> Callable[[nn.Module, Tensor], Tensor]:
+def sampler(
+    inputs: dict[str, Any], time: str, scale: float, into: str = "hidden_states"
+) -> Callable[[nn.Module, Tensor], Tensor]:
     @torch.no_grad()
     def sample(model: nn.Module, noise: Tensor) -> Tensor:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(STEPS)
         for t in scheduler.timesteps:
-            out = model(**inputs | {"hidden_states": noise, time: (t * scale).expand(B)}).sample
-            noise = scheduler.step(out, t, noise).prev_sample
+            given = noise if isinstance(inputs[into], Tensor) else list(noise)
+            out = model(**inputs | {into: given, time: (t * scale).expand(inputs[time].shape)}).sample
+            noise = scheduler.step(whole(out), t, noise).prev_sample
         return noise
 
     return sample
@@ -93,18 +109,21 @@ def subject(
     inputs: dict[str, Any],
     text: int = 0,
     after: bool = False,
-    pack: Callable[[Tensor], Tensor] = lambda latents: latents,
+    pack: Callable[[Tensor], Any] = lambda latents: latents,
     time: str = "timestep",
     scale: float = 1.0,
     hidden: int | None = None,
     pooled: str | None = None,
+    ahead: int = 0,
+    parts: tuple[ct.Grid, ...] = (),
+    into: str = "hidden_states",
 ) -> Subject:
     model = getattr(diffusers, name)(**config).eval()
     awaken(model)
     latents = numbers(B, C, *(size * step for size, step in zip(grid.shape, patch, strict=True)))
-    inputs = {"hidden_states": pack(latents), time: torch.full((B,), 500.0 * scale)} | inputs
-    sample = sampler(inputs, time, scale)
-    return Subject(model, inputs, grid, text, after, sample, latents, pack, hidden, pooled)
+    inputs = {into: pack(latents), time: torch.full((B,), 500.0 * scale)} | inputs
+    sample = sampler(inputs, time, scale, into)
+    return Subject(model, inputs, grid, text, after, sample, latents, pack, hidden, pooled, ahead, parts, into)
 
 
 VIDEO = ct.Grid(t=3, h=4, w=5)

@@ -30,7 +30,7 @@ class Assignment:
     layers: patterns by layer name, one for each head. above: from which noise level on others hold in their place, and
     which; those of the highest border that is reached. error: relative error of the output of the model that is
     expected; density: mean over the heads of the pairs computed, as a share of those of the model as it is, and
-    bound: no choice among the candidates within the same budget has less. measured: on what.
+    bound: no choice among the candidates of which no larger error is expected has less. measured: on what.
     """
 
     layers: Choice

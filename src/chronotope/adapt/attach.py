@@ -275,8 +275,8 @@ def lie_of(model: nn.Module, grid: Grids | None, args: tuple[Any, ...], kwargs: 
         known = None
     if known is None:
         return Lie(own)
-    if own.size - own.prefix != known.grid.size:  # other tokens than the class tells of
-        return Lie(own, known.text, known.elsewhere)
+    if own.places != known.grid.size:  # of other tokens than the class tells of: of a part, where parts have their own
+        return Lie(own, None if known.parts else known.text, known.elsewhere)
     return Lie(own, known.text, known.elsewhere, known.ahead, known.parts)
 
 
@@ -304,7 +304,7 @@ def lay(layer: str, asked: Asked, lie: Lie | None) -> tuple[Grid, int] | str:
 
 def _within(layer: str, part: str) -> bool:
     """Whether a layer is a part of the model, or in it."""
-    return fnmatchcase(layer, part) or fnmatchcase(layer, f"{part}.*")
+    return fnmatchcase(f"{layer}.", f"{part}.*")
 
 
 def attention_names(model: nn.Module) -> list[str]:

@@ -14,17 +14,17 @@ SINKS = 4
 def candidates(grid: Grid) -> list[Pattern]:
     """Windows of 1, 3, 5, 9, 17, ... on the first axis and on the others, which share a size, and whole axes.
 
-    On a sequence: windows of 1/64, 1/32, ... of it, together with its first tokens.
+    On a sequence: windows that look 1/64 of it to each side, 1/45, 1/32, ... 1/2, together with its first tokens.
 
     Example:
-        >>> candidates(Grid(n=256))[:2]
-        [window(n=9) | sinks(4), window(n=17) | sinks(4)]
+        >>> candidates(Grid(n=256))[:3]
+        [window(n=9) | sinks(4), window(n=13) | sinks(4), window(n=17) | sinks(4)]
     """
     first, *others = grid.axes
     if not others:
         length = grid.sizes[first]
-        spans = [length >> shift for shift in range(6, 0, -1) if length >> shift > 1]
-        return [_window({first: 2 * span + 1}) | sinks(SINKS) for span in spans]
+        spans = dict.fromkeys(round(length / 2 ** (half / 2)) for half in range(12, 1, -1))
+        return [_window({first: 2 * span + 1}) | sinks(SINKS) for span in spans if 1 < span < length - 1]
     longest = max(grid.sizes[axis] for axis in others)
     out: list[Pattern] = []
     for own, shared in product(_sizes(grid.sizes[first]), _sizes(longest)):

@@ -17,8 +17,8 @@ class Place:
 
     `grid` has the axes t, h, w (video) or h, w (image), no prefix, and the order in which the model lays its tokens
     out. In a joint attention of N tokens, N - grid.size have no place (text, registers, padding): they come `text`
-    = "before" or "after" those of the grid. Where they come after it, `ahead` others (frames of the past, at other
-    sizes) come before it.
+    = "before" or "after" those of the grid. Where some come after it, `ahead` of them (frames of the past, other text)
+    come before it all the same.
 
     Names of submodules, with `*` for any part of one, stand for all in them. The attention of those in `elsewhere`
     looks at no token of the grid, or at each several times, however many it looks at; `parts` have grids of their own.

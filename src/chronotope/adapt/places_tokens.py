@@ -113,10 +113,27 @@ def krea2(inputs: Inputs, config: Any) -> Grid:
     return _same_count(inputs, _lattice(ids, "position_ids"), "position_ids")
 
 
+def flux3(inputs: Inputs, config: Any) -> Place:
+    """As Flux, with text before and reference images behind, whose sizes are their own."""
+    return Place(image_ids(inputs, config), ahead=inputs["encoder_hidden_states"].shape[1])
+
+
+def _amid(ids: Tensor, rows: Tensor, what: str) -> Place:
+    """Tokens among others, with the coordinates of all [N, (t, h, w)] and the rows of those that have a place."""
+    first = int(rows[0]) if len(rows) else 0
+    if not len(rows) or not torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)):
+        raise ChronotopeError(f"{what} does not put the tokens of the picture one after another.")
+    return Place(_lattice(ids[rows], "position_ids"), ahead=first)
+
+
 def minimax(inputs: Inputs, config: Any) -> Place:
-    """Videos among other tokens, with the coordinates of all [N, (t, h, w)] and the rows of those of the video."""
-    rows = inputs["video_indices"]
-    first = int(rows[0])
-    if not torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)):
-        raise ChronotopeError("video_indices puts the tokens of the video not one after another. Give no `where`.")
-    return Place(_lattice(inputs["position_ids"][rows], "position_ids"), ahead=first)
+    """Videos in one sequence with text and sound."""
+    return _amid(inputs["position_ids"], inputs["video_indices"], "video_indices")
+
+
+def ideogram(inputs: Inputs, config: Any) -> Place:
+    """Images in one sequence with text; 2 indicates their tokens."""
+    ids, image = inputs["position_ids"], inputs["indicator"] == 2
+    if not torch.equal(image, image[:1].expand_as(image)) or not torch.equal(ids[image], ids[:1].expand_as(ids)[image]):
+        raise ChronotopeError("indicator and position_ids: the images of the batch differ; run them one by one.")
+    return _amid(ids[0], image[0].nonzero()[:, 0], "indicator")

@@ -37,8 +37,8 @@ from chronotope.routed import chosen
 Routed = tuple[tuple[Tensor, Tensor], float]
 AT_ONCE = 1 << 24
 """Weights that are held at once."""
-INFLUENCED = 2
-"""Inputs by which influences are measured."""
+INFLUENCED = 4
+"""Inputs by which influences are measured, spread evenly over those of a level."""
 
 
 @dataclass
@@ -134,14 +134,15 @@ class Profile:
         return self.met.count(level) / len(self.met)
 
     def influence(self, name: str, candidate: Pattern, level: int = 0) -> float:
-        """Relative error of the output of the model with this candidate in this layer alone, on its first inputs at
-        this noise level.
+        """Relative error of the output of the model with this candidate in this layer alone, on some inputs at this
+        noise level.
 
         One call of the model for each of them, where it is not known yet.
         """
         key = name, level, candidate
         if key not in self._influences:
-            some = [batch for batch, met in zip(self.batches, self.met, strict=True) if met == level][:INFLUENCED]
+            own = [batch for batch, met in zip(self.batches, self.met, strict=True) if met == level]
+            some = own[:: -(-len(own) // INFLUENCED)]
             with torch.no_grad():
                 if level not in self._plain:
                     self._plain[level] = [output_of(call(self.model, batch)) for batch in some]

@@ -78,12 +78,14 @@ class Training(lightning.LightningModule):
 
 
 def learn(
-    text: UInt8[Tensor, "bytes"], length: int, steps: int, *, batch: int = 4, rate: float = 3e-3, seed: int = 0
-) -> Language:
-    """A model trained on windows of `length` bytes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Language()
+    text: UInt8[Tensor, "bytes"], length: int, steps: int, *, batch: int = 4, rate: float = 3e-3, seed: int = 0,
+    model: Language | None = None,
+) -> Language:  # fmt: skip
+    """A model, or one that goes on learning, trained on windows of `length` bytes."""
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Language()
     batches = DataLoader(Windows(text, length, seed), batch_size=batch)
     fit(Training(model, steps, rate), batches, max_steps=steps)
     return model.eval()

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from chronotope.adapt import Assignment, apply, profile, search
 from chronotope.adapt.attach import attention_names
-from chronotope.adapt.candidates import SINKS
+from chronotope.adapt.candidates import SINKS, candidates
 from chronotope.errors import ChronotopeError
+from chronotope.grid import Grid
 from chronotope.patterns import Pattern, sinks, window
 from chronotope.routing.route import top_blocks
 from chronotope.tasks import needle
@@ -24,7 +25,9 @@ from chronotope.tasks.language import learn, read_text, split
 from chronotope.tasks.recall import IGNORED
 
 BLOCK = 64
-SPANS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
+SHORT, EARLY = 1024, 0.6
+"""Most that a byte model learns is near: windows of so many bytes, as many bytes a step, for so much of the steps."""
+RATE = 2e-3
 KEEPS = (0.05, 0.1, 0.2, 0.4)
 
 
@@ -49,11 +52,13 @@ class Reader:
 
 
 def text_reader(path: str | Path | None, length: int, steps: int, windows: int, seed: int) -> Reader:
-    """A byte model that learned windows of this length; judged by windows of the end of the text."""
+    """A byte model that learned short windows, then some of this length; judged by windows of the end of the text."""
     train, valid = split(read_text(path))
     if len(valid) <= length * windows:
         raise ChronotopeError(f"the end of the text has {len(valid):,} bytes, not {windows} windows of {length:,}.")
-    model = learn(train, length, steps, batch=1, seed=seed)
+    early = round(EARLY * steps) if length > SHORT else 0
+    model = learn(train, SHORT, early, batch=length // SHORT, seed=seed) if early else None
+    model = learn(train, length, steps - early, batch=1, rate=RATE, seed=seed + 1, model=model)
     held = valid[: windows * length + 1].long()
     asked = [held[i * length : (i + 1) * length + 1][None] for i in range(windows)]
     some = [train[i * length : (i + 1) * length][None].long() for i in range(2)]
@@ -86,7 +91,7 @@ def needle_reader(length: int, steps: int, seed: int) -> Reader:
 def read(reader: Reader, densities: Sequence[float], *, queries: int = 256, console: Console) -> list[Read]:
     """Dense, and at each density: one window with sinks, one route, and a choice for each layer and head."""
     length = reader.inputs[0].shape[1]
-    tried: list[Pattern] = [_window(round(share * length)) for share in SPANS]
+    tried = candidates(Grid(n=length))
     tried += [top_blocks(keep=keep, n=BLOCK) for keep in KEEPS]
     seen = profile(reader.model, reader.inputs, tried, queries=queries)
     heads = {name: next(iter(levels.values())).heads for name, levels in seen.layers.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chronotope.boxes import chunks
 from chronotope.data.interactions import Interactions, Questions, Sequences, read_interactions
 from chronotope.nn.catalogue import cross_entropy
-from chronotope.papers.model.sasrec import SASRec, gbce
+from chronotope.papers.model.sasrec import SASRec, gbce, gbce_prior
 from chronotope.tasks.learning import VALID, Makes, Numbers, Published, Schedule, Task
 
 CUTS = (1, 10)
@@ -123,8 +123,10 @@ class Recommend(Task):
         return found
 
     def schedule(self, model: str) -> Schedule:
-        steps = 3000 if self.negatives == 0 else 6000  # each step teaches more where all items are its negatives
-        return Schedule(steps, batch=64, rate=2e-3, beta2=0.999, warmup=0.02, falls=True, every=200, patience=40)
+        steps = 6000 if self.negatives == 1 else 3000  # each step teaches more where many items are its negatives
+        # Of many negatives, gradients are large until popularity is learnt: second moments have to forget them.
+        beta2 = 0.9 if self.negatives > 1 else 0.999
+        return Schedule(steps, batch=64, rate=2e-3, beta2=beta2, warmup=0.02, falls=True, every=200, patience=40)
 
     def floors(self) -> dict[str, Numbers]:
         """Items by how often they were taken."""
@@ -142,7 +144,8 @@ class Recommend(Task):
 def _sasrec(
     task: Recommend, dim: int = 64, heads: int = 1, layers: int = 2, dropout: float = 0.2, tied: bool = False
 ) -> nn.Module:
-    return SASRec(task.log.count, task.length, dim, heads, layers, dropout, tied)
+    prior = gbce_prior(task.negatives, task.log.count, task.t) if task.negatives else 0.0
+    return SASRec(task.log.count, task.length, dim, heads, layers, dropout, tied, max(0.0, prior))
 
 
 def padded(rows: list[Tensor]) -> tuple[Int64[Tensor, "b n"], Int64[Tensor, "b"]]:

@@ -19,7 +19,7 @@ import chronotope as ct
 from chronotope.data.interactions import Sequences
 from chronotope.errors import ChronotopeError
 from chronotope.nn.ragged import Ragged
-from chronotope.papers.model.sasrec import FEW, SASBlock, SASRec, gbce
+from chronotope.papers.model.sasrec import FEW, SASBlock, SASRec, gbce, gbce_prior
 from chronotope.tasks.learning import Result, learn, settle
 from chronotope.tasks.recommend import Recommend, padded, ranked
 
@@ -147,6 +147,28 @@ def test_gbce_is_its_formula(negatives: int, t: float, seed: int) -> None:
     labels = torch.zeros_like(scores)
     labels[:, 0] = 1
     torch.testing.assert_close(gbce(scores, ITEMS, 0.0), F.binary_cross_entropy_with_logits(scores, labels))
+
+
+@given(st.integers(1, 20), st.floats(0, 1))
+def test_scores_begin_where_gbce_pulls_them_neither_way(negatives: int, t: float) -> None:
+    prior = gbce_prior(negatives, ITEMS, t)
+    scores = torch.full((1, negatives + 1), -prior, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(gbce(scores, ITEMS, t), scores)
+    # sigma(-p) k = b sigma(p): what negatives push down is what the one taken pulls up.
+    assert abs(float(slope.sum())) <= 1e-9
+
+
+@given(st.floats(0, 9), st.integers(0, 99))
+def test_a_prior_moves_the_scores_of_all_contexts_alike(prior: float, seed: int) -> None:
+    found = []
+    for own in (0.0, prior):
+        torch.manual_seed(seed)
+        model = SASRec(ITEMS, LENGTH, 32, layers=1, dropout=0.0, prior=own).double()
+        items = torch.randint(1, ITEMS + 1, (4, 5), generator=torch.Generator().manual_seed(seed))
+        found.append((model, model.score(model(items, torch.full((4,), 5)))[..., 1:]))
+    (plain, before), (_, after) = found
+    expected = before - prior + math.sqrt(prior / 32) * plain.scored[1:].sum(1)
+    torch.testing.assert_close(after, expected, atol=2e-5, rtol=0)
 
 
 def test_gbce_stays_finite() -> None:

@@ -16,6 +16,8 @@ L = -\tfrac{1}{k+1} \Big( b \log \sigma(r^+) + \sum_{-} \log(1 - \sigma(r^-)) \B
 $$
 
 t = 0 gives b = 1: SASRec's binary cross-entropy. t > 0 undoes the overconfidence that few sampled negatives teach.
+Where the scores are to fall to -log(k / b) on average, they begin there (`prior`): else the first steps teach nothing
+but that, by gradients so large that Adam's second moments hide all that comes after.
 
 Sizes: items [B, N] from 1 on, 0 after the end, lengths [B] -> h [B, N, C]; scores [..., items + 1], -inf for item 0.
 A sequence of m items takes the last m positions of the table, whatever it is padded to.
@@ -36,6 +38,8 @@ Sampling", RecSys 2023, arXiv 2308.07192.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float, Int64
@@ -95,6 +99,7 @@ class SASRec(Saved):
         length: the most items of a sequence that are looked at.
         dim, heads, layers, dropout: of the transformer.
         tied: whether items are scored by the table that embeds them.
+        prior: every score is about -prior in the beginning, as `gbce_prior` says.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class SASRec(Saved):
         layers: int = 2,
         dropout: float = 0.5,
         tied: bool = False,
+        prior: float | int = 0.0,
     ):
         super().__init__()
         self.length = length
@@ -116,6 +122,9 @@ class SASRec(Saved):
         for table in (self.embed, self.place, self.answer):
             if table is not None:
                 nn.init.xavier_normal_(table.weight)
+        with torch.no_grad():  # what LayerNorm makes, without its bias, has no part along (1, ..., 1)
+            self.norm.bias.fill_(math.sqrt(prior / dim))
+            self.scored.sub_(math.sqrt(prior / dim))
 
     def forward(self, items: Int64[Tensor, "b n"], lengths: Int64[Tensor, "b"]) -> Float[Tensor, "b n c"]:
         """What is known after each item; 0 after the end.
@@ -157,7 +166,16 @@ class SASRec(Saved):
 
 def gbce(scores: Float[Tensor, "m k"], items: int, t: float) -> Float[Tensor, ""]:
     """The loss: the first score of each row is of what was taken, the others are of negatives. t = 0: plain BCE."""
-    share = (scores.shape[1] - 1) / (items - 1)
-    power = share * (t * (1 - 1 / share) + 1 / share)
+    power = _power(scores.shape[1] - 1, items, t)
     taken, others = F.logsigmoid(scores[:, 0]), F.logsigmoid(-scores[:, 1:]).sum(1)
     return -(power * taken + others).mean() / scores.shape[1]
+
+
+def gbce_prior(negatives: int, items: int, t: float) -> float:
+    """-score at which the mean gradient of the loss is 0, where all items are taken as often: log(k / b)."""
+    return math.log(negatives / _power(negatives, items, t))
+
+
+def _power(negatives: int, items: int, t: float) -> float:
+    share = negatives / (items - 1)
+    return share * (t * (1 - 1 / share) + 1 / share)
