@@ -35,6 +35,13 @@ def adapt(
         str | None,
         typer.Option(help="Patterns and routes, separated by `;`. Default: windows of the grid.", show_default=False),
     ] = None,
+    levels: Annotated[
+        str,
+        typer.Option(
+            help="Noise levels, separated by commas, between which patterns may differ, of a model that is told one.",
+            metavar="NUMBERS",
+        ),
+    ] = "",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Of the factory. May be given again.", metavar="KEY=VALUE")
     ] = None,
@@ -67,10 +74,18 @@ def adapt(
     subject = adapting.subject_of(model, inputs, dict(_setting(text) for text in settings or []))
     tried = adapting.read_candidates(candidates)
     found = adapting.adapt(
-        subject, budget=budget, tried=tried, queries=queries, rounds=rounds, seed=seed, console=console
-    )
+        subject, budget=budget, tried=tried, levels=_numbers("levels", levels), queries=queries, rounds=rounds,
+        seed=seed, console=console,
+    )  # fmt: skip
     console.print(adapted_table(found))
     console.print(f"wrote {write_adapted(found, out)}")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ChronotopeError(f"--{name} {text}: expected numbers, such as 0.5,0.25.") from None
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -151,10 +166,7 @@ def reading(
 
     torch.set_num_threads(threads)
     console = Console(highlight=False)
-    try:
-        shares = [float(part) for part in densities.split(",")]
-    except ValueError:
-        raise ChronotopeError(f"--densities {densities}: expected numbers, such as 0.5,0.25.") from None
+    shares = _numbers("densities", densities)
     readers = [work.text_reader(text, length, steps, windows, seed)]
     if needles:
         readers.append(work.needle_reader(length, needles, seed))

@@ -127,6 +127,28 @@ def test_the_command_writes_what_apply_reads(tmp_path: Path) -> None:
     assert len(handle.layers) == 2 and load(tmp_path / "assignment.json").error <= 0.2
 
 
+class Told(Net):
+    """Is told a noise level."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x) * (1 + timestep)
+
+
+def told_subject() -> Subject:
+    batches = [(x, torch.tensor(level)) for x, level in zip(inputs(6), (0.1, 0.9) * 3, strict=True)]
+    return Subject(Told().eval(), batches[:4], batches[4:], GRID)
+
+
+def test_the_command_chooses_by_noise_level(tmp_path: Path) -> None:
+    command = ["adapt", f"{__name__}:told_subject", "--budget", "0.2", "--rounds", "1", "--out", str(tmp_path)]
+    ran = CliRunner().invoke(app, [*command, "--levels", "0.5"])
+    assert ran.exit_code == 0, ran.output
+    assert list(load(tmp_path / "assignment.json").above) == [0.5]
+    assert "far from 0.5 on" in (tmp_path / "adapt.html").read_text()
+    ran = CliRunner().invoke(app, [*command, "--levels", "high"])
+    assert ran.exit_code != 0 and "expected numbers" in str(ran.exception) + ran.output
+
+
 @pytest.mark.parametrize(
     ("model", "given", "told"),
     [

@@ -68,24 +68,25 @@ def write_adapted(found: Adapted, folder: Path) -> Path:
 
 def _figures(found: Adapted) -> Iterator[Any]:
     go = plotly().graph_objects
-    layers = list(found.assignment.layers)
-    shares, texts = [], []
-    for name in layers:
-        patterns, seen = found.assignment.layers[name], next(iter(found.profile.layers[name].values()))
-        shares.append([cost(seen, one)[head] for head, one in enumerate(patterns)])
-        texts.append([repr(one) for one in patterns])
+    rows, shares, texts = [], [], []
+    for level, choice in enumerate(found.assignment.choices):
+        for name, patterns in choice.items():
+            seen = found.profile.layers[name][level]
+            rows.append(f"{name} from {found.profile.levels[level - 1]:g} on" if level else name)
+            shares.append([cost(seen, one)[head] for head, one in enumerate(patterns)])
+            texts.append([repr(one) for one in patterns])
     figure = go.Figure(
         go.Heatmap(
-            z=shares, x=[f"head {head}" for head in range(max(map(len, shares)))], y=layers, text=texts,
+            z=shares, x=[f"head {head}" for head in range(max(map(len, shares)))], y=rows, text=texts,
             texttemplate="%{text}", zmin=0, zmax=1, colorscale="Teal", colorbar={"title": "share of dense"},
         )
     )  # fmt: skip
     figure.update_layout(
         title="What each head keeps", yaxis={"autorange": "reversed", "automargin": True},
-        height=160 + 40 * len(layers), template="plotly_white",
+        height=160 + 40 * len(rows), template="plotly_white",
     )  # fmt: skip
     yield figure
-    yield _distances(found, layers)
+    yield _distances(found, list(found.profile.layers))
 
 
 def _distances(found: Adapted, layers: list[str]) -> Any:

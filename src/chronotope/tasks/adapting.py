@@ -58,6 +58,7 @@ def adapt(
     *,
     budget: float,
     tried: Sequence[Pattern] = (),
+    levels: Sequence[float] = (),
     queries: int = 256,
     rounds: int = 5,
     seed: int = 0,
@@ -65,13 +66,15 @@ def adapt(
 ) -> Adapted:
     """Profiles, searches under the budget (relative error of the output), patches and measures.
 
-    tried: candidates; default: those of the grid. Raises ChronotopeError where the model under `full()` is not itself.
+    tried: candidates; default: those of the grid. levels: as for `profile`.
+
+    Raises ChronotopeError where the model under `full()` is not itself.
     """
     console = Console(quiet=True) if console is None else console
     model = subject.model.eval()
     rounding = check(subject)
     console.print(f"under full() the output is its own within {rounding:.1e}")
-    seen = profile(model, subject.inputs, grid=subject.grid, queries=queries, seed=seed)
+    seen = profile(model, subject.inputs, grid=subject.grid, queries=queries, levels=levels, seed=seed)
     grid = next(iter(next(iter(seen.layers.values())).values())).grid
     found = search(seen, list(tried) or candidates(grid), max_error=budget)
     console.print(f"{len(seen.candidates)} candidates: {found!r}", markup=False)
