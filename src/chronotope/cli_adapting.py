@@ -129,7 +129,7 @@ def sampling(
     settled = settle(registry.task(task), data, model, settings)
     if not isinstance(settled.task, VideoDiffusion):
         raise ChronotopeError(f"{run} is a run of {task}; give one of video-diffusion.")
-    real = settled.task.made("train", clips, torch.Generator().manual_seed(seed))
+    real = settled.task.whole("train", clips, torch.Generator().manual_seed(seed))
     own = VideoDiT.from_pretrained(run / "model")
     rows = work.compare(
         own, real, samples=samples, steps=steps, tuning=tuning, rounds=rounds, seed=seed, console=console

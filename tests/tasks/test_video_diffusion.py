@@ -89,7 +89,7 @@ def test_features_by_brute_force(over):
 
 
 def test_what_the_two_distances_tell(small):
-    clips, other = small.made("train", 120, rng(1)), small.made("train", 120, rng(2))
+    clips, other = small.whole("train", 120, rng(1)), small.whole("train", 120, rng(2))
     same = feature_distance(other, clips, 3)
     shuffled = other[:, torch.tensor([0, 2, 1])]
     assert feature_distance(shuffled, clips, 1) == pytest.approx(feature_distance(other, clips, 1), abs=1e-5)
@@ -131,7 +131,7 @@ def test_clips_and_noise_of_a_part_are_the_same_each_time_and_parts_apart(small)
         assert torch.equal(small.known(part), small.known(part)) and torch.equal(small.noise(part), small.noise(part))
     assert not torch.equal(small.noise(VALID), small.noise(TEST))
     shades = {
-        part: set((small.made(part, 60, rng()) * 255).round().int().unique().tolist()) - {0}
+        part: set((small.whole(part, 60, rng()) * 255).round().int().unique().tolist()) - {0}
         for part in ("train", VALID, TEST)
     }
     assert shades == {"train": {130, 140, 150, 160, 170, 180}, "valid": {190, 200, 210}, "test": {220, 230, 240}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chronotope.boxes import chunks
-from chronotope.data.moving_digits import bouncing, parts_of, read_digits, smaller
 from chronotope.models.frames import Continuation, EncoderForecaster
 from chronotope.papers.spacetime.predformer import PredFormer
-from chronotope.tasks.learning import TEST, VALID, Makes, Numbers, Published, Schedule, Task
+from chronotope.tasks.bouncing import Bouncing
+from chronotope.tasks.learning import TEST, VALID, Makes, Numbers, Published, Schedule
 
 AT_ONCE = 50  # clips forecast at once
 SEEDS = {VALID: 11, TEST: 12, "train": 13}
@@ -34,13 +34,8 @@ PLANS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MovingDigits(Task):
-    """Bouncing digits; `data`: an idx file of digits, or its folder.
-
-    `canvas`: pixels of a frame on each side; `shrink`: so many pixels of a digit on each side become one. `digits`: of
-    a clip. `seen`, `ahead`: frames. `train`, `valid`, `test`: digits in the file of each part, in this order.
-    `checked`, `clips`: clips to validate on, and to test on; those to learn from are made anew in each step.
-    """
+class MovingDigits(Bouncing):
+    """Forecasts of bouncing digits. `seen`, `ahead`: frames."""
 
     name: ClassVar[str] = "moving-digits"
     about: ClassVar[str] = "the coming frames of two digits that bounce in a square"
@@ -57,34 +52,19 @@ class MovingDigits(Task):
         "causal": "blocks of attention over the frames so far, then over space",
     }
 
-    canvas: int = 16
-    shrink: int = 4
-    digits: int = 2
     seen: int = 10
     ahead: int = 10
-    train: int = 8000
-    valid: int = 1000
-    test: int = 1000
-    checked: int = 200
-    clips: int = 1000
 
     @property
     def protocol(self) -> str:
         return (
             f"{self.digits} digits in {self.canvas} x {self.canvas}, {self.seen} frames in and {self.ahead} out; "
-            f"fresh clips of {self.train:,} digits to learn from, {self.clips:,} clips of {self.test:,} other digits; "
-            "MSE: squared error summed over the pixels of a frame"
+            f"{self.source}; MSE: squared error summed over the pixels of a frame"
         )
 
-    @cached_property
-    def parts(self) -> dict[str, Float[Tensor, "n m m"]]:
-        """The digits of "train", "valid" and "test"."""
-        digits = smaller(read_digits(self.data), self.shrink)
-        return dict(zip(("train", VALID, TEST), parts_of(digits, (self.train, self.valid, self.test)), strict=True))
-
     @property
-    def examples(self) -> int:
-        return self.train
+    def length(self) -> int:
+        return self.seen + self.ahead
 
     def batch(self, index: Int64[Tensor, "b"], rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """As many fresh clips as there are in the index: frames seen, and frames to come, [B, T, 1, H, W]."""
@@ -92,7 +72,7 @@ class MovingDigits(Task):
 
     def made(self, part: str, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips of the digits of a part, cut in two."""
-        clips = bouncing(self.parts[part], count, self.seen + self.ahead, self.canvas, rng, self.digits)
+        clips = self.whole(part, count, rng)
         return clips[:, : self.seen], clips[:, self.seen :]
 
     def maker(self, model: str) -> Makes:
@@ -109,8 +89,7 @@ class MovingDigits(Task):
         return self._errors(part, model)
 
     def _errors(self, part: str, forecast: Callable[[Tensor], Tensor]) -> Numbers:
-        count = self.checked if part == VALID else self.clips
-        return errors((forecast(seen), came) for seen, came in self._asked(part, count))
+        return errors((forecast(seen), came) for seen, came in self._asked(part, self.count(part)))
 
     def _asked(self, part: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = torch.Generator().manual_seed(SEEDS[part])

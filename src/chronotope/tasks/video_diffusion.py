@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chronotope.boxes import chunks
-from chronotope.data.moving_digits import bouncing, parts_of, read_digits, smaller
 from chronotope.errors import ChronotopeError
 from chronotope.models.diffusion import Model, flow_loss, flow_sample
 from chronotope.models.video_dit import VideoDiT
-from chronotope.tasks.learning import TEST, VALID, Makes, Numbers, Schedule, Task
+from chronotope.tasks.bouncing import Bouncing
+from chronotope.tasks.learning import TEST, VALID, Makes, Numbers, Schedule
 
 AT_ONCE = 25  # clips denoised at once
 SEEDS = {VALID: 21, TEST: 22, "train": 23}
@@ -26,13 +26,10 @@ NOISE = 100  # more than the seed of a part: of the noise from which its samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoDiffusion(Task):
-    """Generation of bouncing digits; `data`: an idx file of digits, or its folder.
+class VideoDiffusion(Bouncing):
+    """Generation of clips of bouncing digits [B, T, 1, H, W], 0 .. 1.
 
-    Clips [B, T, 1, H, W] are in 0 .. 1. `canvas`: pixels of a frame on each side; `shrink`: so many pixels of a digit
-    on each side become one. `digits`, `frames`: of a clip. `train`, `valid`, `test`: digits in the file of each part,
-    in this order. `checked`, `clips`: clips to validate on, and to test on; those to learn from are made anew in each
-    step. `samples`: made when testing, each in `euler` steps.
+    `frames`: of a clip. `samples`: made when testing, each in `euler` steps.
     """
 
     name: ClassVar[str] = "video-diffusion"
@@ -40,49 +37,29 @@ class VideoDiffusion(Task):
     best: ClassVar[str] = "flow loss"
     models: ClassVar[Mapping[str, str]] = {"dit": "transformer over all tokens of space and time, steered by the noise"}
 
-    canvas: int = 16
-    shrink: int = 4
-    digits: int = 2
     frames: int = 8
-    train: int = 8000
-    valid: int = 1000
-    test: int = 1000
-    checked: int = 200
-    clips: int = 1000
     samples: int = 100
     euler: int = 32
 
     @property
     def protocol(self) -> str:
         return (
-            f"{self.digits} digits in {self.canvas} x {self.canvas}, {self.frames} frames; fresh clips of "
-            f"{self.train:,} digits to learn from, {self.clips:,} clips of {self.test:,} other digits; "
+            f"{self.digits} digits in {self.canvas} x {self.canvas}, {self.frames} frames; {self.source}; "
             f"distances: of {self.samples:,} samples in {self.euler} steps to these clips, by features of one frame "
             "and of three, 0 on average for samples of the same digits"
         )
 
-    @cached_property
-    def parts(self) -> dict[str, Float[Tensor, "n m m"]]:
-        """The digits of "train", "valid" and "test"."""
-        digits = smaller(read_digits(self.data), self.shrink)
-        return dict(zip(("train", VALID, TEST), parts_of(digits, (self.train, self.valid, self.test)), strict=True))
-
     @property
-    def examples(self) -> int:
-        return self.train
+    def length(self) -> int:
+        return self.frames
 
     def batch(self, index: Int64[Tensor, "b"], rng: torch.Generator) -> tuple[Tensor, Int64[Tensor, ""]]:
         """As many fresh clips as there are in the index, and the seed of their noise and times."""
-        return self.made("train", len(index), rng), torch.randint(2**62, (), generator=rng)
-
-    def made(self, part: str, count: int, rng: torch.Generator) -> Float[Tensor, "b t c h w"]:
-        """Clips of the digits of a part."""
-        return bouncing(self.parts[part], count, self.frames, self.canvas, rng, self.digits)
+        return self.whole("train", len(index), rng), torch.randint(2**62, (), generator=rng)
 
     def known(self, part: str) -> Float[Tensor, "b t c h w"]:
         """The clips of a part that are measured on, the same each time."""
-        count = self.checked if part == VALID else self.clips
-        return self.made(part, count, torch.Generator().manual_seed(SEEDS[part]))
+        return self.whole(part, self.count(part), torch.Generator().manual_seed(SEEDS[part]))
 
     def noise(self, part: str) -> Float[Tensor, "b t c h w"]:
         """What the samples are made from that are compared with a part, the same each time."""
