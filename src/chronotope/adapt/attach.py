@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from torch import nn
 
 from chronotope.adapt.asked import Asked
 from chronotope.adapt.inputs import TIMES, noise_level
+from chronotope.adapt.interface import other_way
 from chronotope.adapt.places import read_place
 from chronotope.adapt.places_transformers import read_grid
 from chronotope.adapt.solve import both
@@ -108,6 +110,7 @@ class Patterns(Handler):
     ):
         self.where = checked(where, model)
         self.names = attention_names(model)
+        self.model = weakref.ref(model)  # which keeps this
         self.chosen = selection(layers, self.names)
         self.lies = Lies(grid, borders)
         self.found: dict[str, Layer] = {}
@@ -163,7 +166,10 @@ class Patterns(Handler):
         return [self.found.get(name) or Layer(name, why=self._unmet(name)) for name in names]
 
     def _unmet(self, name: str) -> str:
-        return UNSEEN if self.chosen(name) else "it is not among the layers that were named"
+        if not self.chosen(name):
+            return "it is not among the layers that were named"
+        model = self.model()
+        return UNSEEN if model is None else other_way(model.get_submodule(name)) or UNSEEN
 
 
 @dataclass(frozen=True)

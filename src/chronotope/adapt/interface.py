@@ -1,7 +1,8 @@
 """Attention of transformers' models: their attention interface, and the interface that makes masks for it.
 
 Each implementation that a model may have, `sdpa` or `eager`, gets a twin that asks the handlers first. The twin takes
-the masks of its original, so none is lost, and a layer that nobody wants anything of runs as before.
+the masks of its original, so none is lost, and a layer that nobody wants anything of runs as before. Flash and flex
+attention hide keys by means that have no mask: such a model runs with another's twin as long as it is patched.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from chronotope.adapt.tap import answer, crossed, idle
 from chronotope.errors import ChronotopeError
 
 TWIN = "chronotope_"
-CHANGED = ("sdpa", "eager")
-"""Implementations that have a twin. The others hide keys by means that have no mask."""
+TWINNED = ("sdpa", "eager")
+FUSED = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+"""In place of these a model gets the twin of `sdpa`, or of `eager` where it has no `sdpa`."""
 CHOOSING = ("indices", "block_indices")
 """What layers give that choose their keys themselves: they make a mask of it for implementations they know by name."""
 
@@ -43,23 +45,26 @@ class Switch:
         if "transformers" not in sys.modules:
             return
         model = self.model()
-        for config in [] if model is None else _configs(model):
+        if model is None:
+            return
+        for config in _configs(model):
             name = config._attn_implementation_internal
-            if name not in CHANGED:
+            if name not in TWINNED + FUSED:
                 continue
-            _register(name)
+            twin = name if name in TWINNED else "sdpa" if _has_sdpa(model, config) else "eager"
+            _register(twin)
             _, _, users = _USERS.get(id(config), (config, name, 0))
             ours = any(config is one for one in self.configs)
             _USERS[id(config)] = config, name, users + (not ours)
             self.configs += [] if ours else [config]
-            config._attn_implementation_internal = TWIN + name
+            config._attn_implementation_internal = TWIN + twin
 
     def undo(self) -> None:
         for config in self.configs:
             _, name, users = _USERS.pop(id(config))
             if users > 1:
                 _USERS[id(config)] = config, name, users - 1
-            elif config._attn_implementation_internal == TWIN + name:
+            elif str(config._attn_implementation_internal).startswith(TWIN):
                 config._attn_implementation_internal = name
         self.configs = []
 
@@ -72,6 +77,19 @@ def _configs(model: nn.Module) -> list[Any]:
         if hasattr(config, "_attn_implementation_internal") and _asks(module):
             found[id(config)] = config, found.get(id(config), (config, True))[1] and not _chooses(module)
     return [config for config, usable in found.values() if usable]
+
+
+def _has_sdpa(model: nn.Module, config: Any) -> bool:
+    users = (module for module in model.modules() if getattr(module, "config", None) is config)
+    return all(getattr(module, "_supports_sdpa", True) for module in users)
+
+
+def other_way(layer: nn.Module) -> str:
+    """Why the interface does not see this layer of transformers; "": it does, or knows nothing of it."""
+    name = getattr(getattr(layer, "config", None), "_attn_implementation_internal", None)
+    if not name or not _asks(layer) or name.startswith(TWIN) or name in TWINNED + FUSED:
+        return ""
+    return f"its implementation is {name!r}; load the model with attn_implementation='sdpa' or 'eager'"
 
 
 def _asks(layer: nn.Module) -> bool:
