@@ -52,6 +52,9 @@ class Option:
     risk: float
 
 
+Heads = dict[Key, list[Option]]
+
+
 def search(
     profile: Profile,
     candidates: Iterable[Pattern] | None = None,
@@ -88,17 +91,20 @@ def search(
     heads = options(profile, wanted)
     if max_density is not None:
         return _under_density(profile, heads, float(limit))
-    limit = target = float(limit)
-    plain = outputs(profile) if verify else []
+    if not verify:
+        return _assignment(profile, *_cheapest(heads, float(limit) ** 2))
+    return _verified(profile, heads, float(limit))
+
+
+def _verified(profile: Profile, heads: Heads, limit: float) -> Assignment:
+    """A choice by which no input of the profile errs more."""
+    target, plain = limit, outputs(profile)
     for _ in range(TRIES):
         found = _assignment(profile, *_cheapest(heads, target**2))
-        if not verify:
-            return found
         errors = measured_errors(profile, found, plain)
-        told = {"error on its inputs": fmean(errors), "at most": max(errors)}
-        found = replace(found, measured=found.measured | told)
         if max(errors) <= limit:
-            return found
+            told = {"error on its inputs": fmean(errors), "at most": max(errors)}
+            return replace(found, measured=found.measured | told)
         target *= SHRINKS * limit / max(errors)
     return _assignment(profile, {key: own[0] for key, own in heads.items()}, _cheapest(heads, limit**2)[1])
 
@@ -113,9 +119,6 @@ def measured_errors(profile: Profile, found: Assignment, plain: list[Tensor]) ->
     """Relative error of the output of the model, for each input of the profile."""
     with apply(profile.model, found, profile.grid):
         return [relative([old], [new]) for old, new in zip(plain, outputs(profile), strict=True)]
-
-
-Heads = dict[Key, list[Option]]
 
 
 def options(profile: Profile, candidates: list[Pattern]) -> Heads:
@@ -133,7 +136,7 @@ def options(profile: Profile, candidates: list[Pattern]) -> Heads:
             part = share * len(levels)  # so that the mean over heads and levels is that over heads and inputs
             for head in range(one.heads):
                 own = [Option(full(), part, 0.0)]
-                own += [Option(one, part * costs[one][head], float(risk[head])) for one, risk in risks.items()]
+                own += [Option(other, part * costs[other][head], float(risk[head])) for other, risk in risks.items()]
                 out[name, level, head] = own
     return out
 
