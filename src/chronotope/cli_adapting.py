@@ -111,8 +111,8 @@ def sampling(
 ) -> None:
     """**Samples** a trained video diffusion transformer under patterns: time, and distance to the dense samples.
 
-    Radial attention, mixtures of blocks and a searched choice of the same density as radial attention, without and with
-    a light fine-tuning.
+    Radial attention, mixtures of blocks and searched choices of the density of radial attention and of half of it,
+    without and with a light fine-tuning.
     """
     import torch
 

@@ -29,7 +29,7 @@ def test_samples_are_compared_with_the_dense_ones_of_the_same_noise() -> None:
     own, clips = model(), torch.rand(3, 8, 1, 16, 16)
     before = [weight.clone() for weight in own.parameters()]
     rows = sampling.compare(own, clips, samples=2, steps=2, tuning=2, rounds=1)
-    names = ["radial attention", "mixture of blocks", "searched"]
+    names = ["radial attention", "mixture of blocks", "searched", "searched, half as dense"]
     assert [row.name for row in rows] == [f"{name}{tuned}" for name in names for tuned in ("", ", tuned")]
     assert all(torch.equal(old, new) for old, new in zip(before, own.parameters(), strict=True))
     radial, searched = rows[0], rows[4]

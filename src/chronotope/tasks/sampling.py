@@ -33,7 +33,9 @@ from chronotope.patterns import Pattern
 from chronotope.tasks.distilling import distil
 
 LEVELS = (0.25, 0.5, 0.75)
-"""Times of the flow between which layers are profiled apart."""
+"""Times of the flow between which layers are profiled apart, and have patterns of their own."""
+SHARES = {"searched": 1.0, "searched, half as dense": 0.5}
+"""Densities of searched choices, as shares of that of radial attention."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,15 @@ def compare(
     samples: int = 8,
     steps: int = 16,
     tuning: int = 0,
-    rate: float = 3e-4,
+    rate: float = 1e-4,
     rounds: int = 3,
     seed: int = 0,
     console: Console | None = None,
 ) -> list[Sampled]:
     """Each patch without and, where `tuning` is not 0, with so many steps of fine-tuning.
 
-    clips: real ones, from which the states are made that the search and the fine-tuning see; their shape is that of the
-    samples.
+    clips: real ones, from which the states are made that the search and, each step another, the fine-tuning see; their
+    shape is that of the samples.
     """
     if len(clips) < 2:
         raise ChronotopeError(f"{len(clips)} clips: expected 2 or more, to choose by.")
@@ -76,20 +78,21 @@ def compare(
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples, *clips.shape[1:], generator=rng)
     states = [_state(clip[None], t, rng) for clip, t in zip(clips, torch.linspace(0.05, 0.95, len(clips)), strict=True)]
+    learnt = [_state(clips[i % len(clips)][None], torch.rand((), generator=rng), rng) for i in range(tuning)]
     dense = sample(model, noise, steps)
     rows = []
     for name, patch in patches(model, grid, states).items():
         for tuned in (False, True) if tuning else (False,):
             own = copy.deepcopy(model)
             if tuned:
-                distil(own, patch, states, steps=tuning, rate=rate, grid=grid, seed=seed)
+                distil(own, patch, learnt, steps=tuning, rate=rate, grid=grid, seed=seed)
             rows.append(_row(f"{name}, tuned" if tuned else name, own, patch, grid, noise, steps, dense, model, rounds))
             console.print(f"{rows[-1].name}: density {patch.density:.3f}, distance {rows[-1].distance:.3f}")
     return rows
 
 
 def patches(model: VideoDiT, grid: Grid, states: list[tuple[Tensor, Tensor]]) -> dict[str, Assignment]:
-    """By name; the searched one has the density of radial attention."""
+    """By name."""
     names = attention_names(model)
     heads: int = next(one.heads for one in model.modules() if isinstance(one, Attention))
     narrowest = max(1, grid.places // grid.sizes["t"] // 16)
@@ -99,8 +102,8 @@ def patches(model: VideoDiT, grid: Grid, states: list[tuple[Tensor, Tensor]]) ->
     for paper, own in layers.items():
         out[paper] = Assignment(own, density=_density(own, grid, states, model))
     seen = profile(model, states, candidates(grid), grid=grid, levels=LEVELS)
-    out["searched"] = search(seen, max_density=out["radial attention"].density)
-    return out
+    radials = out["radial attention"].density
+    return out | {name: search(seen, max_density=share * radials) for name, share in SHARES.items()}
 
 
 def _density(
