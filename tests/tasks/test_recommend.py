@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from chronotope.data.interactions import Interactions, Questions, Sequences, read_interactions
 from chronotope.errors import ChronotopeError
 from chronotope.tasks.learning import learn, settle
-from chronotope.tasks.recommend import Recommend, among, padded, ranked
+from chronotope.tasks.recommend import Recommend, among, estimated, padded, ranked
 
 REAL = Path(os.environ.get("CHRONOTOPE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ML1M, BEAUTY = "seqrec_ml1m/ml1m_gsasrec_split.npz", "seqrec_s3rec/Beauty.txt.gz"
@@ -73,7 +73,8 @@ def test_a_split_asks_those_users_whose_items_are_all_there(tmp_path: Path) -> N
     assert log.test.taken.tolist() == [3, 6]
     assert log.last.tolist() == [6, 5, 3]
     assert log.skipping is not None
-    assert lists(log.skipping.before) == [[3, 1, 4, 7], [2], [4, 5, 6, 1, 2]]
+    assert lists(log.skipping.before) == [[3, 1, 4], [2], [4, 5, 6, 1]]
+    assert log.asked is not None and log.asked.tolist() == [2, 0]
     assert log.skipping.taken.tolist() == [6, 5, 3]
 
 
@@ -84,7 +85,30 @@ def test_of_a_split_all_users_are_ranked_as_well(tmp_path: Path) -> None:
     test = task.measure(model, "test")  # user 0 has not had item 5 before item 6
     assert (test["R@1"], test["skip-one R@1"]) == (pytest.approx(1 / 2), pytest.approx(2 / 3))
     assert "skip-one: of all 3" in task.protocol
-    assert set(test) - set(task.measure(model, "valid")) == {f"skip-one {name}" for name in test if "skip" not in name}
+    plain = set(task.measure(model, "valid"))
+    more = {f"{kind}estimated {name}" for kind in ("", "standard error of ") for name in ("R@10", "NDCG@10")}
+    assert set(test) - plain == {f"skip-one {name}" for name in plain} | more
+
+
+def test_what_all_users_would_give_is_estimated_with_its_error() -> None:
+    """Users who are easy to foresee are so with and without their item before."""
+    rng = torch.Generator().manual_seed(0)
+    ease = torch.rand(6000, generator=rng)
+    blind = torch.where(torch.rand(6000, generator=rng) < ease, 3.0, 50.0)
+    seeing = torch.where((blind < 10) | (torch.rand(6000, generator=rng) < 0.1), 1.0, 50.0)
+    true = float((seeing < 10).float().mean())
+    off, plain_off, told = [], [], []
+    for _ in range(300):
+        some = torch.randperm(6000, generator=rng)[:500]
+        found = estimated(seeing[some], blind[some], blind)
+        off.append(found["estimated R@10"] - true)
+        told.append(found["standard error of estimated R@10"])
+        plain_off.append(float((seeing[some] < 10).float().mean()) - true)
+    off, plain_off, told = torch.tensor(off), torch.tensor(plain_off), torch.tensor(told)
+    assert abs(float(off.mean())) < 3 * float(off.std()) / 300**0.5 + 0.001
+    assert float(off.std()) < 0.6 * float(plain_off.std())
+    assert 0.88 < float((off.abs() < 1.96 * told).float().mean()) <= 1
+    assert estimated(seeing[:9], torch.full((9,), 99.0), blind) == {}
 
 
 @pytest.mark.parametrize(

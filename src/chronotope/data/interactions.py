@@ -55,7 +55,9 @@ class Interactions:
     last: Int64[Tensor, "users"]
     """What each user took at the end; between it and `train` one item may be unknown."""
     skipping: Questions | None = None
-    """That of all users after what is known of each, where for some the item before it is unknown."""
+    """That of all users, the item before it left out, which is unknown for most."""
+    asked: Int64[Tensor, "tested"] | None = None
+    """The users that `test` asks of; None: all."""
 
 
 def read_interactions(path: str | Path) -> Interactions:
@@ -116,7 +118,7 @@ def _packed(path: Path) -> Interactions:
     train = Sequences(items, first)
     before = [torch.cat([train[user], one[None]]) for user, one in zip(users.tolist(), extra, strict=True)]
     longer = [torch.cat([row, one[None]]) for row, one in zip(before, target, strict=True)]
-    known = {user: train[user] for user in range(len(train))} | dict(zip(users.tolist(), longer, strict=True))
+    known = {user: train[user] for user in range(len(train))} | dict(zip(users.tolist(), before, strict=True))
     return Interactions(
         max(int(x.max()) for x in (items, extra, target, last)),
         train,
@@ -124,6 +126,7 @@ def _packed(path: Path) -> Interactions:
         Questions(Sequences.of(longer), last[users]),
         last,
         Questions(Sequences.of(list(known.values())), last),
+        users,
     )
 
 

@@ -75,7 +75,10 @@ class Recommend(Task):
         told = f"{self.log.count:,} items, the last of {users:,} users; rank over all items they have not had"
         if self.log.skipping is None:
             return told
-        return f"{told}; skip-one: of all {len(self.log.last):,}, the item before it unknown for the others"
+        every = len(self.log.last)
+        return (
+            f"{told}; skip-one: of all {every:,}, the item before it left out; estimated: what all {every:,} would give"
+        )
 
     @cached_property
     def log(self) -> Interactions:
@@ -107,7 +110,8 @@ class Recommend(Task):
     def measure(self, model: Any, part: str) -> Numbers:
         """R@k and NDCG@k of the one item that was taken, and the standard error of the first.
 
-        Of a split, to test also of all users, though of most the item before it is unknown: "skip-one".
+        Of a split, to test also of all users with the item before it left out, "skip-one", and what all users would
+        give: the test times (skip-one of all / skip-one of those tested), the ratio estimator of survey sampling.
         """
 
         def scores(rows: list[Tensor]) -> Float[Tensor, "b items_and_none"]:
@@ -117,10 +121,12 @@ class Recommend(Task):
 
         if part == VALID:
             return ranked(self.log.valid, scores)
-        found = ranked(self.log.test, scores)
-        if self.log.skipping is not None:
-            found |= {f"skip-one {name}": value for name, value in ranked(self.log.skipping, scores).items()}
-        return found
+        tested = places(self.log.test, scores)
+        if self.log.skipping is None:
+            return _cut(tested)
+        skipped = places(self.log.skipping, scores)
+        found = _cut(tested) | {f"skip-one {name}": value for name, value in _cut(skipped).items()}
+        return found | estimated(tested, skipped[self.log.asked], skipped)
 
     def schedule(self, model: str) -> Schedule:
         steps = 6000 if self.negatives == 1 else 3000  # each step teaches more where many items are its negatives
@@ -155,15 +161,40 @@ def padded(rows: list[Tensor]) -> tuple[Int64[Tensor, "b n"], Int64[Tensor, "b"]
 
 def ranked(questions: Questions, scores: Callable[[list[Tensor]], Tensor]) -> Numbers:
     """R@k and NDCG@k: where the item taken stands among all that the user has not had; ties count against it."""
-    return _cut(torch.cat([_places(rows, taken, scores(rows)) for rows, taken in _asked(questions)]))
+    return _cut(places(questions, scores))
+
+
+def places(questions: Questions, scores: Callable[[list[Tensor]], Tensor]) -> Float[Tensor, "users"]:
+    """How many items stand before the one taken, of each user."""
+    return torch.cat([_places(rows, taken, scores(rows)) for rows, taken in _asked(questions)])
+
+
+def estimated(tested: Float[Tensor, "n"], skipped: Float[Tensor, "n"], every: Float[Tensor, "users"]) -> Numbers:
+    """What all users would give, from places of some with and without their item before, and of all without it.
+
+    Mean y times X / x, where y and x are the gains of some, X those of all; its standard error is that of the mean of
+    y - (y / x) x, times X / x. Nothing where x is 0. Source: Cochran, "Sampling Techniques", chapter 6.
+    """
+    out = {}
+    for name in (f"R@{CUTS[-1]}", f"NDCG@{CUTS[-1]}"):
+        y, x, whole = (_gains(one)[name] for one in (tested, skipped, every))
+        if len(y) > 1 and x.any():
+            off, stretch = y - y.mean() / x.mean() * x, whole.mean() / x.mean()
+            out[f"estimated {name}"] = float(y.mean() * stretch)
+            out[f"standard error of estimated {name}"] = float(off.std() / math.sqrt(len(y)) * stretch)
+    return out
+
+
+def _gains(places: Float[Tensor, "users"]) -> dict[str, Float[Tensor, "users"]]:
+    hits = {k: (places < k).float() for k in CUTS}
+    return {f"R@{k}": hit for k, hit in hits.items()} | {
+        f"NDCG@{k}": hit / torch.log2(places + 2) for k, hit in hits.items()
+    }
 
 
 def _cut(places: Float[Tensor, "users"]) -> Numbers:
-    out = {}
-    for k in CUTS:
-        hit = (places < k).float()
-        out[f"R@{k}"] = float(hit.mean())
-        out[f"NDCG@{k}"] = float((hit / torch.log2(places + 2)).mean())
+    gains = _gains(places)
+    out = {name: float(gains[name].mean()) for k in CUTS for name in (f"R@{k}", f"NDCG@{k}")}
     share = out[f"R@{CUTS[-1]}"]
     return out | {"standard error of R@10": math.sqrt(share * (1 - share) / len(places))}
 
