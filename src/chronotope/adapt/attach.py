@@ -218,18 +218,19 @@ class Lies:
         self.now.recorded = torch.is_grad_enabled()  # else nothing is run again
         if self.again:
             self.seen, self.levels, self.again = {}, set(), False
-        self.now.level = self._between(noise_level(model, args, kwargs))
+        # Read only where it matters: on a GPU this waits for the number.
+        self.now.level = self._between(noise_level(model, args, kwargs)) if self.borders else 0
         if self.now.recorded:
             self.levels.add(self.now.level)
         self.now.lie, self.now.inside = lie_of(model, self.grid, args, kwargs), True
 
     def _between(self, time: float | None) -> int:
-        if time is None and self.borders:
+        if time is None:
             raise ChronotopeError(
                 f"noise levels {', '.join(map(str, self.borders))} were named, and this model is called without one: "
                 f"its inputs have no {', '.join(TIMES)}."
             )
-        return sum(time is not None and time >= border for border in self.borders)
+        return sum(time >= border for border in self.borders)
 
     def end(self) -> None:
         """The call is over."""

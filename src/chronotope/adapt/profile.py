@@ -115,7 +115,7 @@ class Profile:
             with torch.no_grad():
                 for batch in self.batches:
                     call(self.model, batch)
-                    self.met.append(watcher.lies.now.level)
+                    self.met.append(watcher.lies.level)
         except BaseException:
             self.layers = known
             raise

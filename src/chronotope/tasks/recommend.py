@@ -121,10 +121,10 @@ class Recommend(Task):
 
         if part == VALID:
             return ranked(self.log.valid, scores)
-        tested = places(self.log.test, scores)
+        tested = places_of(self.log.test, scores)
         if self.log.skipping is None:
             return _cut(tested)
-        skipped = places(self.log.skipping, scores)
+        skipped = places_of(self.log.skipping, scores)
         found = _cut(tested) | {f"skip-one {name}": value for name, value in _cut(skipped).items()}
         return found | estimated(tested, skipped[self.log.asked], skipped)
 
@@ -161,10 +161,10 @@ def padded(rows: list[Tensor]) -> tuple[Int64[Tensor, "b n"], Int64[Tensor, "b"]
 
 def ranked(questions: Questions, scores: Callable[[list[Tensor]], Tensor]) -> Numbers:
     """R@k and NDCG@k: where the item taken stands among all that the user has not had; ties count against it."""
-    return _cut(places(questions, scores))
+    return _cut(places_of(questions, scores))
 
 
-def places(questions: Questions, scores: Callable[[list[Tensor]], Tensor]) -> Float[Tensor, "users"]:
+def places_of(questions: Questions, scores: Callable[[list[Tensor]], Tensor]) -> Float[Tensor, "users"]:
     """How many items stand before the one taken, of each user."""
     return torch.cat([_places(rows, taken, scores(rows)) for rows, taken in _asked(questions)])
 
